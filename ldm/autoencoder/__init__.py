@@ -1,0 +1,7 @@
+"""Images ↔ latents: the KL autoencoder, its posterior and its losses. Only this room knows the latent scale."""
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.autoencoder.loss import CalibratedLoss
+from ldm.autoencoder.posterior import Posterior
+
+__all__ = ["Autoencoder", "CalibratedLoss", "Posterior"]

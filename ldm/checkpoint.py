@@ -1,0 +1,293 @@
+"""One safe on-disk format (DESIGN: on disk): a folder of safetensors with a manifest that is written last.
+
+Reading runs nothing from the folder: weights are safetensors, the manifest is JSON, classes come from the table
+below, and a training's ``state.pt`` is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder import Autoencoder
+from ldm.text import TextEncoder
+from ldm.unet import UNet
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.pt"
+CLASSES: dict[str, type[nn.Module]] = {"Autoencoder": Autoencoder, "TextEncoder": TextEncoder, "UNet": UNet}
+
+
+@dataclass
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        components: modules by name (``unet``, ``autoencoder``, ``text_encoder``), with the weights to use: EMA weights
+            where there are some.
+        raw: the same modules' weights as the optimiser has them, by component.
+        tensors: what else the model needs, e.g. ``null_context``.
+        settings: plain values: prediction, schedule, grid, recommended guidance, size, data cursor.
+    """
+
+    components: dict[str, nn.Module]
+    raw: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def save(folder: str | Path, contents: Contents, state: dict[str, Any] | None = None, share: Path | None = None) -> None:
+    """Write a checkpoint: beside its target, fsynced, manifest last, renamed; an old one there goes afterwards.
+
+    Args:
+        folder: of the checkpoint.
+        contents: what to save.
+        state: a training's state: tensors and primitives alone.
+        share: another checkpoint; a file that both hold is linked to, not written again.
+
+    Raises:
+        ValueError: if a tensor is not finite; nothing is written then.
+    """
+    target = Path(folder)
+    tensors = {f"{name}.safetensors": dict(module.state_dict()) for name, module in contents.components.items()}
+    tensors |= {f"{name}.raw.safetensors": dict(weights) for name, weights in contents.raw.items()}
+    if contents.tensors:
+        tensors["tensors.safetensors"] = contents.tensors
+    for file, weights in tensors.items():
+        check_finite(weights, f"{target}/{file}")
+    part = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    shared = _shareable(share)
+    files: dict[str, dict[str, Any]] = {}
+    for file, weights in tensors.items():
+        data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+        files[file] = _put(part / file, data, shared)
+    for name, module in contents.components.items():
+        if isinstance(module, TextEncoder):
+            files[f"{name}.tokenizer.json"] = _put(
+                part / f"{name}.tokenizer.json", module.tokenizer_json.encode(), shared
+            )
+    if state is not None:
+        torch.save(state, part / STATE)
+        files[STATE] = _describe((part / STATE).read_bytes())
+    manifest = {
+        "format": FORMAT,
+        "components": {
+            name: {"class": _class_name(module), "arguments": module.arguments}
+            for name, module in contents.components.items()
+        },
+        "settings": contents.settings,
+        "files": files,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    _write(part / MANIFEST, json.dumps(manifest, indent=1).encode())
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+        ValueError: if it cannot be read or is of another format.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {folder}: it holds no {MANIFEST}")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{path}: format {manifest['format']}, this code reads {FORMAT}")
+        manifest["components"], manifest["files"], manifest["settings"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); take another checkpoint") from error
+    return manifest
+
+
+def load(folder: str | Path, weights: str = "ema", only: tuple[str, ...] | None = None) -> Contents:
+    """Read a checkpoint: hashes first, then names, shapes and types, every difference listed.
+
+    Args:
+        folder: of the checkpoint.
+        weights: ``"ema"`` (those to use) or ``"raw"`` (the optimiser's).
+        only: names of components; None takes all.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if a file is missing, damaged or does not fit its class.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights={weights!r} is unknown; choose ema or raw")
+    root, manifest = Path(folder), read_manifest(folder)
+    components: dict[str, nn.Module] = {}
+    for name, entry in manifest["components"].items():
+        if only is not None and name not in only:
+            continue
+        if entry["class"] not in CLASSES:
+            raise ValueError(f"{root}/{MANIFEST}: class {entry['class']!r} of {name} is unknown to this version")
+        arguments = dict(entry["arguments"])
+        if entry["class"] == "TextEncoder":
+            arguments["tokenizer"] = read_verified(root, manifest, f"{name}.tokenizer.json").decode()
+        raw = f"{name}.raw.safetensors"
+        file = raw if weights == "raw" and raw in manifest["files"] else f"{name}.safetensors"
+        # Built without memory, so that loading costs the weights once and no time for their initial values.
+        with torch.device("meta"):
+            module = CLASSES[entry["class"]](**arguments)
+        assign(module, read_tensors(root, manifest, file), f"{root}/{file}")
+        components[name] = module.eval()
+    tensors = read_tensors(root, manifest, "tensors.safetensors") if "tensors.safetensors" in manifest["files"] else {}
+    return Contents(components, tensors=tensors, settings=manifest["settings"])
+
+
+def assign(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Give a module its weights, strictly, in their own type.
+
+    Raises:
+        ValueError: listing what is missing, unexpected or of another shape.
+    """
+    expected = module.state_dict()
+    faults = [f"missing {name}" for name in expected.keys() - weights.keys()]
+    faults += [f"unexpected {name}" for name in weights.keys() - expected.keys()]
+    for name in expected.keys() & weights.keys():
+        if expected[name].shape != weights[name].shape:
+            faults.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}")
+    if faults:
+        raise ValueError(f"{source} does not fit its class: {'; '.join(sorted(faults)[:20])} ({len(faults)} in all)")
+    check_finite(weights, source)
+    module.load_state_dict(weights, strict=True, assign=True)
+    # Position ids and the like are no weights: they are not on disk, and a module built on "meta" lacks them.
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:
+                fresh = torch.arange(buffer.shape[-1]) if name == "position_ids" else torch.zeros(buffer.shape[-1])
+                owner.register_buffer(name, fresh.to(buffer.dtype).expand(buffer.shape), persistent=False)
+    module.requires_grad_(False)
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: {name} holds NaN or infinite values; take an earlier checkpoint")
+
+
+def read_tensors(root: Path, manifest: dict[str, Any], file: str) -> dict[str, Tensor]:
+    """Tensors of a verified safetensors file."""
+    try:
+        return safetensors.torch.load(read_verified(root, manifest, file))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{root}/{file} is no safetensors file ({error})") from error
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The training state of a checkpoint, verified; holds tensors and primitives alone."""
+    manifest = read_manifest(folder)
+    if STATE not in manifest["files"]:
+        raise ValueError(f"{folder} holds no training state: it can be sampled, but not resumed; use init={folder}")
+    read_verified(Path(folder), manifest, STATE)
+    state: dict[str, Any] = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+    return state
+
+
+def read_verified(root: Path, manifest: dict[str, Any], file: str) -> bytes:
+    """Bytes of a file of the checkpoint, whose size and sha256 are those of the manifest."""
+    if file not in manifest["files"]:
+        raise ValueError(f"{root}/{MANIFEST} lists no {file}; the checkpoint is incomplete")
+    try:
+        data = (root / file).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{root}/{file} is missing; the checkpoint is incomplete, take another") from error
+    found, listed = _describe(data), manifest["files"][file]
+    if found != listed:
+        what = "sha256" if found["size"] == listed["size"] else f"size {found['size']} for {listed['size']}"
+        raise ValueError(f"{root}/{file} is damaged (its {what} is not the manifest's); take another checkpoint")
+    return data
+
+
+def verify(folder: str | Path) -> None:
+    """Check every file of a checkpoint against its manifest; ValueError or FileNotFoundError names the first fault."""
+    manifest = read_manifest(folder)
+    for file in manifest["files"]:
+        read_verified(Path(folder), manifest, file)
+
+
+def newest(run: str | Path) -> Path:
+    """The newest complete checkpoint of a run folder; a damaged one is passed over for the one before.
+
+    Raises:
+        FileNotFoundError: if the run holds none.
+        ValueError: if every one is damaged, saying what is wrong with the newest.
+    """
+    found = sorted(Path(run, "checkpoints").glob("step-*"), reverse=True)
+    fault: Exception = FileNotFoundError(f"no checkpoint in {run}/checkpoints; has the training saved one yet?")
+    for i, folder in enumerate(found):
+        try:
+            verify(folder)
+            return folder
+        except (ValueError, FileNotFoundError) as error:
+            fault = error if i == 0 else fault
+    raise fault
+
+
+def _class_name(module: nn.Module) -> str:
+    return next(name for name, kind in CLASSES.items() if type(module) is kind)
+
+
+def _describe(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _shareable(folder: Path | None) -> dict[str, Path]:
+    """Files of another checkpoint by their sha256."""
+    if folder is None or not (folder / MANIFEST).is_file():
+        return {}
+    files = read_manifest(folder)["files"]
+    return {entry["sha256"]: folder / name for name, entry in files.items() if (folder / name).is_file()}
+
+
+def _put(path: Path, data: bytes, shared: Mapping[str, Path]) -> dict[str, Any]:
+    entry = _describe(data)
+    same = shared.get(entry["sha256"])
+    if same is not None:
+        try:
+            os.link(same, path)
+            return entry
+        except OSError:
+            pass  # another file system: written again
+    _write(path, data)
+    return entry
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,467 @@
+"""The doors: ``ldm``, ``train.py`` and ``sample.py``. Hydra and OmegaConf stop here; what lies behind gets objects."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][A-Za-z0-9_]*([./@:][A-Za-z0-9_]+)*=")
+_SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerator", "trainer.num_nodes",
+                      "trainer.accumulate_grad_batches", "data.num_workers", "checkpoint.", "validation.",
+                      "samples.")  # fmt: skip
+_TARGETS = ("ldm.", "pytorch_lightning.loggers.")  # the only classes that a config may name
+
+TRAIN_HELP = """\
+python train.py [experiment=NAME] [key=value ...]        (ldm train is the same)
+
+Trains one stage. Alone it trains experiment=emoji/diffusion on the data that come with the package.
+
+experiments   {experiments}
+data          emoji emoji200 shards (data.train.paths=DIR data.validation.paths=DIR)
+trainer       cpu gpu          logger  csv tensorboard wandb
+autoencoder   emoji sd         unet    emoji sd15         diffusion  linear scaled_linear
+
+output=RUN_DIR                 where everything goes           (outputs/EXPERIMENT/DATE-TIME)
+resume=RUN_DIR                 go on with a run, in place
+init=PATH                      start from the weights of a run or checkpoint
+seed=0                         decides weights, order, noise
+trainer.max_steps=N            optimiser steps
+trainer.devices=2 trainer.accelerator=cpu data.num_workers=2 data.batch_size=32
+optimizer.learning_rate=1e-3   optimizer.decay=constant|cosine|linear
+diffusion.prediction=epsilon|v|x0   min_snr=5   caption_dropout=0.1   loss.beta=0.18
+autoencoder.weights=emoji|PATH stage two: the frozen autoencoder
+checkpoint.every=N             validation.every=N             samples.every=N
+
+A run folder holds checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C finishes the step and saves.
+All settings with their comments: configs/train.yaml and the folders beside it.
+"""
+
+SAMPLE_HELP = """\
+python sample.py PROMPT [PROMPT ...] [key=value ...]      (ldm sample is the same)
+
+Draws pictures of prompts. A bare argument is a prompt, to the letter; it is a setting exactly if it
+begins with key=
+
+model=emoji             bundled: {models}; or a run folder, or a checkpoint folder
+prompt= prompts_file=   a prompt; a text file with one prompt a line
+negative_prompt=        what to push away from
+num_images=1            pictures a prompt
+steps=50                1 to 1000
+guidance_scale=         1 is no guidance                 (what the model recommends)
+sampler=ddim            {samplers}
+grid=                   {grids}                  (the model's own)
+seed=0                  of the first picture; null draws one; [3,7] gives one each
+height= width=          multiples of 8                   (the model's own)
+eta=0                   ddim's η
+batch_size=16           pictures at a time
+weights=ema             ema or raw
+device=                 cpu, cuda
+output=DIR              (outputs/samples/DATE-TIME)
+
+  python sample.py "a red apple, noto style" num_images=4
+  python sample.py prompts_file=prompts.txt output=pictures guidance_scale=4
+"""
+
+MAIN_HELP = """\
+ldm train      train a stage                    ldm train --help
+ldm sample     draw pictures of prompts         ldm sample --help
+ldm evaluate   score a model or an autoencoder  ldm evaluate --help
+ldm pack       make shards of your own data     ldm pack --help
+ldm index      check a shard and index it       ldm index --help
+"""
+
+EVALUATE_HELP = """\
+ldm evaluate [model=emoji] [key=value ...]
+
+Scores a model on the emoji data: pair accuracy (concept and style together) on held-out pairs and on as many
+training pairs, beside real images, chance and a model that ignores the style; and its autoencoder's PSNR.
+
+model=emoji           bundled name, run folder or checkpoint folder; a stage-one run scores the autoencoder alone
+data=emoji200         emoji200 or emoji
+seeds=3               pictures a pair
+limit=                at most so many pairs a split              (all)
+steps=50 guidance_scale= sampler=ddim batch_size=16
+output=DIR            (outputs/evaluation/DATE-TIME)
+"""
+
+PACK_HELP = """\
+ldm pack SOURCE OUT [size=PIXELS]
+
+Makes shards with an index from SOURCE: a folder of images with captions in .txt files of the same name, or a .csv or
+.parquet with columns for the image (path or bytes) and the caption. OUT must not exist. size= shrinks the images.
+"""
+
+INDEX_HELP = """\
+ldm index TAR [TAR ...]
+
+Checks WebDataset tars member by member and writes an index beside each.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ldm COMMAND …``; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": train,
+        "sample": sample,
+        "evaluate": evaluate,
+        "pack": pack,
+        "index": index,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(MAIN_HELP)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        return _fail(f"unknown command {name!r}; choose one of {', '.join(commands)}")
+    return door(commands[name], rest)
+
+
+def door(command: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Run a command; an invalid request becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        command(arguments)
+        return 0
+    except (HydraException, OmegaConfBaseException) as error:
+        return _fail(_hydra_message(error))
+    except (ValueError, OSError) as error:
+        if os.environ.get("LDM_TRACEBACK"):
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"{error or 'stopped'}\n")
+        return 130
+
+
+def _fail(message: str) -> int:
+    line = re.sub(r"\s*\n\s*", " ", message.strip())
+    sys.stderr.write(f"error: {line}\n")
+    return 2
+
+
+def _hydra_message(error: Exception) -> str:
+    """Hydra's words, the first sentence, and what to do."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(error).split("\n")[0].rstrip(".")
+    detail = str(cause).split("\n")[0].rstrip(".")
+    return f"{text}{'' if detail in text else f': {detail}'}; see --help, or configs/train.yaml for all settings"
+
+
+def configs() -> Path:
+    """Where the YAML files are: in the installed package, or at the root of the repository."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+# ---------------------------------------------------------------------------------------------------- flat settings
+
+
+def parse(arguments: Sequence[str], defaults: dict[str, Any], texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Settings ``key=value`` over ``defaults``, and the bare arguments; those named in ``texts`` are kept to the letter.
+
+    Raises:
+        ValueError: for a key that is not in ``defaults``.
+    """
+    settings, bare = dict(defaults), []
+    for argument in arguments:
+        if not _OVERRIDE.match(argument):
+            bare.append(argument)
+            continue
+        key, value = argument.split("=", 1)
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1)
+            hint = f"did you mean {near[0]}=?" if near else f"the settings are {', '.join(defaults)}"
+            raise ValueError(f"unknown setting {key}=; {hint} (a prompt that begins so is given as prompt=...)")
+        settings[key] = value if key in texts else _value(key, value)
+    return settings, bare
+
+
+def _value(key: str, value: str) -> Any:
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}={value}: not a value ({str(error).splitlines()[0]})") from error
+    if isinstance(parsed, str):
+        try:  # YAML 1.1 takes 1e-3 for text
+            return float(parsed)
+        except ValueError:
+            return parsed
+    return parsed
+
+
+def _stamp() -> str:
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+# ----------------------------------------------------------------------------------------------------------- sample
+
+
+def sample(arguments: list[str]) -> None:
+    """``ldm sample``."""
+    from ldm.diffusion import GRIDS, SAMPLERS
+    from ldm.loading import BUNDLED, load
+
+    if {"-h", "--help"} & set(arguments):
+        names = {"models": " ".join(BUNDLED), "samplers": " ".join(SAMPLERS), "grids": " ".join(GRIDS)}
+        sys.stdout.write(SAMPLE_HELP.format(**names))
+        return
+    defaults = {
+        "model": "emoji", "prompt": None, "prompts_file": None, "negative_prompt": "", "num_images": 1, "steps": 50,
+        "guidance_scale": None, "sampler": "ddim", "grid": None, "seed": 0, "height": None, "width": None, "eta": 0.0,
+        "batch_size": 16, "weights": "ema", "device": None, "output": None,
+    }  # fmt: skip
+    texts = ("model", "prompt", "prompts_file", "negative_prompt", "output", "sampler", "grid", "weights", "device")
+    settings, prompts = parse(arguments, defaults, texts)
+    if settings["prompt"] is not None:
+        prompts.append(settings["prompt"])
+    if settings["prompts_file"] is not None:
+        prompts += _lines(Path(settings["prompts_file"]))
+    if not prompts:
+        raise ValueError('no prompt came; give one: python sample.py "a red apple, noto style"')
+    model = load(settings["model"], settings["weights"], settings["device"])
+    output = Path(settings["output"] or f"outputs/samples/{_stamp()}")
+    keys = ("num_images", "steps", "guidance_scale", "sampler", "seed", "height", "width", "grid", "eta", "batch_size")
+    options = {key: settings[key] for key in keys}
+
+    from tqdm import tqdm
+
+    start, taken = time.perf_counter(), []
+    with tqdm(desc="sampling", unit="step", disable=not sys.stderr.isatty()) as bar:
+
+        def step(first: int, i: int, x0: Any) -> None:
+            if bar.total is None and isinstance(settings["steps"], int):
+                batches = -(-len(prompts) * settings["num_images"] // settings["batch_size"])
+                bar.total = batches * settings["steps"]
+            taken.append(time.perf_counter())
+            bar.update()
+
+        out = model.sample(prompts, settings["negative_prompt"], callback=step, **options)
+    paths = out.save(output)
+    for i in out.truncated.nonzero()[:, 0].tolist():
+        sys.stderr.write(f"note: the prompt of picture {i} is longer than 77 tokens and was cut\n")
+    a_step = (taken[-1] - taken[0]) / max(1, len(taken) - 1)
+    sys.stdout.write(
+        f"{len(out.images)} pictures in {time.perf_counter() - start:.1f} s ({a_step:.3f} s a step), "
+        f"seeds {out.seeds[0]} to {out.seeds[-1]} → {paths[-1]}\n"
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts file at {path}; give a text file with one prompt a line")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not lines:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------- evaluate, pack, index
+
+
+def evaluate(arguments: list[str]) -> None:
+    """``ldm evaluate``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(EVALUATE_HELP)
+        return
+    defaults = {
+        "model": "emoji", "data": "emoji200", "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None,
+        "sampler": "ddim", "batch_size": 16, "output": None,
+    }  # fmt: skip
+    settings, bare = parse(arguments, defaults, ("model", "data", "sampler", "output"))
+    if bare:
+        raise ValueError(f"{bare[0]!r} is no setting; write key=value, see ldm evaluate --help")
+    from ldm.evaluation import evaluate_model
+
+    output = Path(settings.pop("output") or f"outputs/evaluation/{_stamp()}")
+    sys.stdout.write(evaluate_model(**settings, output=output))
+    sys.stdout.write(f"\nwritten to {output}\n")
+
+
+def pack(arguments: list[str]) -> None:
+    """``ldm pack``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(PACK_HELP)
+        return
+    from ldm.data.pack import pack as pack_shards
+
+    settings, bare = parse(arguments, {"size": None}, ())
+    if len(bare) != 2:
+        raise ValueError(f"{len(bare)} paths came; the rule is: ldm pack SOURCE OUT [size=PIXELS]")
+    pack_shards(Path(bare[0]), Path(bare[1]), size=settings["size"])
+    sys.stdout.write(f"shards in {bare[1]}; train on them with: data=shards data.train.paths={bare[1]}\n")
+
+
+def index(arguments: list[str]) -> None:
+    """``ldm index``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(INDEX_HELP)
+        return
+    from ldm.data import build_index
+
+    if not arguments:
+        raise ValueError("no shard came; the rule is: ldm index TAR [TAR ...]")
+    for shard in arguments:
+        built = build_index(Path(shard))
+        sys.stdout.write(f"{shard}: {len(built['samples'])} samples\n")
+
+
+# ------------------------------------------------------------------------------------------------------------ train
+
+
+def train(arguments: list[str]) -> None:
+    """``ldm train``."""
+    from omegaconf import OmegaConf
+
+    if {"-h", "--help"} & set(arguments):
+        names = sorted(str(p.relative_to(configs() / "experiment").with_suffix(""))
+                       for p in (configs() / "experiment").rglob("*.yaml"))  # fmt: skip
+        sys.stdout.write(TRAIN_HELP.format(experiments=" ".join(names)))
+        return
+    bare = [argument for argument in arguments if not _OVERRIDE.match(argument)]
+    if bare:
+        raise ValueError(f"{bare[0]!r} is no setting; write key=value, see --help")
+    cfg, resume = compose(arguments)
+    check_targets(OmegaConf.to_container(cfg, resolve=False))
+    output = Path(cfg.output)
+    if resume is None and (output / "checkpoints").exists():
+        raise ValueError(f"output={output} holds a run already; go on with it by resume={output}, or name another")
+
+    from ldm import checkpoint
+    from ldm.training.run import fit
+
+    module, data, options = build(cfg)
+    output.mkdir(parents=True, exist_ok=True)
+    saved = output / "config.yaml"
+    OmegaConf.save(cfg, saved)  # not resolved: what an interpolation draws from the environment stays there
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    sys.stdout.write(
+        f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
+        f"{cfg.trainer.max_steps} steps of {cfg.data.batch_size} on {cfg.trainer.accelerator}\n"
+        f"results in {output}: checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C saves and stops.\n"
+    )
+    sys.stdout.flush()
+    folder = None if resume is None else checkpoint.newest(resume)
+    step = fit(module, data, output, resume=folder, **options)
+    if cfg.stage == "diffusion":
+        prompt = cfg.samples.prompts[0] if cfg.samples.prompts else "a red apple"
+        sys.stdout.write(f'ended at step {step}; sample it with: python sample.py model={output} "{prompt}"\n')
+    else:
+        sys.stdout.write(
+            f"ended at step {step}; train on its latents with: python train.py autoencoder.weights={output}\n"
+        )
+
+
+def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
+    """The config of a training, and the run it goes on with."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    given = dict(argument.split("=", 1) for argument in arguments)
+    if given.get("resume") in (None, "null", ""):
+        with initialize_config_dir(str(configs()), version_base=None):
+            cfg = hydra_compose("train", overrides=list(arguments))
+        if cfg.output is None:
+            cfg.output = f"outputs/{given.get('experiment', 'emoji/diffusion')}/{_stamp()}"
+        return cfg, None
+    run = Path(given.pop("resume"))
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"resume={run}: no run there (it holds no config.yaml); give the folder of a training")
+    cfg = OmegaConf.load(run / "config.yaml")
+    cfg.output = str(run)  # it may have been moved
+    OmegaConf.set_struct(cfg, True)
+    for key, value in given.items():
+        if not key.startswith(_SETTINGS_OF_SPEED):
+            raise ValueError(
+                f"{key}={value} beside resume=: a resumed run keeps its own config; only speed and length may change "
+                f"({', '.join(_SETTINGS_OF_SPEED)}); start a new run from its weights with init={run}"
+            )
+        OmegaConf.update(cfg, key, _value(key, value))
+    return cfg, run
+
+
+def check_targets(node: Any) -> None:
+    """Refuse a config that names a class or function outside this package and Lightning's loggers."""
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(_TARGETS):
+            raise ValueError(f"_target_={target} is refused; a config may name only {', '.join(_TARGETS)}*")
+        for value in node.values():
+            check_targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            check_targets(value)
+
+
+def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The module, the data and what else a training takes, from its config."""
+    import torch
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from ldm.loading import load_autoencoder, load_text_encoder
+    from ldm.pipeline import Defaults, LatentDiffusion
+    from ldm.training.autoencoder import AutoencoderTraining
+    from ldm.training.diffusion import DiffusionTraining
+    from ldm.training.loggers import check_wandb
+    from ldm.training.run import Intervals
+
+    check_targets(OmegaConf.to_container(cfg, resolve=True))
+    if cfg.stage not in ("autoencoder", "diffusion"):
+        raise ValueError(f"stage={cfg.stage} is unknown; choose autoencoder or diffusion")
+    check_wandb(OmegaConf.to_container(cfg.logger, resolve=True))
+    optimizer = instantiate(cfg.optimizer, _convert_="all")
+    data = instantiate(cfg.data, _convert_="all")
+    module: AutoencoderTraining | DiffusionTraining
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
+        if cfg.stage == "autoencoder":
+            autoencoder = instantiate(cfg.autoencoder, _convert_="all")
+            if cfg.init is not None:
+                autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
+            loss = instantiate(cfg.loss, _convert_="all")
+            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, cfg.ema_decay, cfg.seed)
+            encoders = None
+        else:
+            unet = instantiate(cfg.unet, _convert_="all")
+            autoencoder = load_autoencoder(cfg.autoencoder.weights)
+            text_encoder = load_text_encoder(cfg.text.weights)
+            defaults = Defaults(cfg.diffusion.grid, cfg.diffusion.guidance_scale, data.height, data.width)
+            schedule = instantiate(cfg.diffusion.schedule, _convert_="all")
+            model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, cfg.diffusion.prediction, defaults)
+            if cfg.init is not None:
+                from ldm.loading import load
+
+                unet.load_state_dict(load(cfg.init, device="cpu").unet.float().state_dict())
+            module = DiffusionTraining(model, optimizer, cfg.caption_dropout, cfg.min_snr, cfg.ema_decay, cfg.seed)
+            encoders = (autoencoder, text_encoder) if cfg.cache else None
+    data.prepare(cfg.seed, encoders, cfg.validation.images)
+    options = {
+        "trainer": OmegaConf.to_container(cfg.trainer, resolve=True),
+        "intervals": Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every),
+        "prompts": list(cfg.samples.prompts),
+        "loggers": [instantiate(logger, _convert_="all") for logger in cfg.logger.loggers],
+        "clip": cfg.clip,
+    }
+    return module, data, options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The emoji data that come with the package: 128×128, four art styles, and a fifth held back.
+
+Reading them is :func:`emoji_dataset`. How they were made is ``ldm/data/make_emoji.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ldm.data.shards import ShardDataset
+
+FOLDER = Path(str(files("ldm") / "assets" / "emoji_data"))
+STYLES = ("noto", "twemoji", "fluent flat", "fluent 3D")
+#: Who drew a style: fluent flat and fluent 3D are the same drawings, so there are three hands.
+HANDS = {"noto": "noto", "twemoji": "twemoji", "fluent flat": "fluent", "fluent 3D": "fluent"}
+
+
+def splits() -> dict[str, dict[str, list[str]]]:
+    """Keys by data set (emoji, emoji200, openmoji) and split (train, heldout_pairs, heldout_concepts)."""
+    loaded: dict[str, Any] = json.loads((FOLDER / "splits.json").read_text())
+    return loaded
+
+
+def emoji_dataset(name: str = "emoji200", split: str = "train") -> ShardDataset:
+    """The samples of a data set and split.
+
+    Raises:
+        ValueError: for a name or split that is not there.
+    """
+    sets = splits()
+    if name not in sets:
+        raise ValueError(f"emoji data set {name!r} is unknown; choose one of {', '.join(sets)}")
+    if split not in sets[name]:
+        raise ValueError(f"split {split!r} of {name} is unknown; choose one of {', '.join(sets[name])}")
+    pattern = "openmoji*.tar" if name == "openmoji" else "[!o]*.tar"
+    return ShardDataset(sorted(FOLDER.glob(pattern)), keys=sets[name][split])

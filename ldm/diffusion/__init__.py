@@ -1,0 +1,25 @@
+"""The mathematics of diffusion as pure functions; a model is only a callable here."""
+
+from ldm.diffusion.grids import GRIDS, Grid, make_grid
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.loss import min_snr_weight, per_sample_error
+from ldm.diffusion.prediction import PREDICTIONS, Prediction, target, to_eps, to_x0
+from ldm.diffusion.samplers import SAMPLERS, Sampler
+from ldm.diffusion.schedule import Schedule
+
+__all__ = [
+    "GRIDS",
+    "PREDICTIONS",
+    "SAMPLERS",
+    "Grid",
+    "Prediction",
+    "Sampler",
+    "Schedule",
+    "guided",
+    "make_grid",
+    "min_snr_weight",
+    "per_sample_error",
+    "target",
+    "to_eps",
+    "to_x0",
+]

@@ -1,0 +1,35 @@
+"""Classifier-free guidance (Ho & Salimans, 2207.12598), over a network as a plain callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def guided(unet: Network, positive: Tensor, negative: Tensor | None, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Prediction for the prompt, pushed away from the negative prompt: ε_neg + s (ε_pos - ε_neg) (eq. 6, s = 1 + w).
+
+    It holds for ε, v and x0 alike, since each is affine in the others at fixed z and t.
+
+    Args:
+        unet: (z, t, context) → prediction.
+        positive: context of the prompts, shape (n, m, d).
+        negative: context of the negative prompts, same shape; None where s = 1.
+        scale: s >= 0. At s = 1 the negative prompt has no effect, and one pass is made.
+
+    Returns:
+        (z (n, ...), t (n,)) → prediction (n, ...).
+    """
+    if scale == 1.0 or negative is None:
+        return lambda z, t: unet(z, t, positive)
+    both = torch.cat([negative, positive])
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        prediction_neg, prediction_pos = unet(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        return prediction_neg + scale * (prediction_pos - prediction_neg)
+
+    return predict

@@ -1,0 +1,36 @@
+"""The loss of stage two: squared error an image, with a weight that may hang on the signal-to-noise ratio."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.prediction import Prediction, check_prediction
+
+
+def per_sample_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each image in float32: (n, ...), (n, ...) → (n,) (DDPM, 2006.11239, eq. 14)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def min_snr_weight(log_snr: Tensor, kind: Prediction, gamma: float | None) -> Tensor:
+    """Weight of an image: min(SNR, γ) on the error of x0 (Hang et al., 2303.09556, eq. 8), as seen by the prediction.
+
+    The error of x0 is that of ε divided by SNR, and that of v divided by SNR + 1.
+
+    Args:
+        log_snr: log SNR of each image, shape (n,).
+        kind: what the network predicts.
+        gamma: the cap, > 0; None weighs all alike.
+
+    Returns:
+        Shape (n,), in the type of log_snr.
+    """
+    check_prediction(kind)
+    if gamma is None:
+        return torch.ones_like(log_snr)
+    if not gamma > 0:
+        raise ValueError(f"min_snr={gamma} must be above 0, or null for no weighting")
+    snr = log_snr.exp()
+    capped = snr.clamp(max=gamma)
+    return capped if kind == "x0" else capped / snr if kind == "epsilon" else capped / (snr + 1.0)

@@ -1,0 +1,95 @@
+"""The noise schedule: how much of the image is left at time t. z_t = α_t z_0 + σ_t ε, with α² = ᾱ and σ² = 1 - ᾱ."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Schedule:
+    """Variance-preserving schedule over discrete steps, continued to real times.
+
+    ``linear``: β from ``beta_start`` to ``beta_end`` in equal steps (DDPM, 2006.11239, §4). ``scaled_linear``: √β in
+    equal steps, which SD 1.x was trained with and CompVis code calls "linear". ᾱ_t = ∏_{s≤t} (1 - β_s) (DDPM, eq. 4),
+    in float64 on the CPU: no ``.half()`` and no device touches it.
+
+    Times run from 0 (the first noised step) to num_steps - 1; -1 is the clean image, ᾱ = 1. Between whole steps the
+    log-SNR is interpolated linearly.
+
+    Raises:
+        ValueError: for an unknown name or β outside 0 < β_start <= β_end < 1.
+    """
+
+    def __init__(
+        self,
+        name: Literal["linear", "scaled_linear"] = "linear",
+        num_steps: int = 1000,
+        beta_start: float = 1e-4,  # β of the first step
+        beta_end: float = 0.02,  # β of the last step
+    ) -> None:
+        if name not in ("linear", "scaled_linear"):
+            raise ValueError(f"schedule {name!r} is unknown; choose linear or scaled_linear")
+        if not (0.0 < beta_start <= beta_end < 1.0 and num_steps >= 1):
+            raise ValueError(
+                f"beta_start={beta_start}, beta_end={beta_end}, num_steps={num_steps}: "
+                "the rule is 0 < beta_start <= beta_end < 1 and at least one step"
+            )
+        self.arguments: dict[str, Any] = {
+            "name": name,
+            "num_steps": num_steps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+        }
+        self.num_steps = num_steps
+        if name == "linear":
+            beta = np.linspace(beta_start, beta_end, num_steps)
+        else:
+            beta = np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
+        self.alpha_bar = torch.from_numpy(np.cumprod(1.0 - beta))
+        self._log_snr = np.log(self.alpha_bar.numpy()) - np.log1p(-self.alpha_bar.numpy())
+
+    def alpha_bar_at(self, t: Tensor | float) -> Tensor:
+        """ᾱ at real times in [-1, num_steps - 1], float64, the shape of t."""
+        time = np.asarray(t, dtype=np.float64)
+        if not np.all((time >= -1.0) & (time <= self.num_steps - 1)):
+            raise ValueError(f"time {t}: the rule is -1 <= t <= {self.num_steps - 1}")
+        whole = np.clip(np.rint(time).astype(np.int64), 0, self.num_steps - 1)
+        between = 1.0 / (1.0 + np.exp(-np.interp(time, np.arange(self.num_steps), self._log_snr)))
+        # Whole steps are taken as they are, to the last bit; below step 0 what is left of the noise fades to none.
+        value = np.where(time == whole, self.alpha_bar.numpy()[whole], between)
+        faded = 1.0 - (1.0 - self.alpha_bar.numpy()[0]) * (time + 1.0)
+        return torch.from_numpy(np.asarray(np.where(time < 0.0, faded, value)))
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """α_t = √ᾱ_t, the signal that is left, float64, the shape of t."""
+        return self.alpha_bar_at(t).sqrt()
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """σ_t = √(1 - ᾱ_t), the noise, float64, the shape of t."""
+        return (1.0 - self.alpha_bar_at(t)).sqrt()
+
+    def log_snr(self, t: Tensor | float) -> Tensor:
+        """log ᾱ_t / (1 - ᾱ_t), float64, the shape of t; infinite at -1."""
+        alpha_bar = self.alpha_bar_at(t)
+        return alpha_bar.log() - torch.log1p(-alpha_bar)
+
+    def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """z_t = √ᾱ_t z_0 + √(1 - ᾱ_t) ε (DDPM, eq. 4).
+
+        Args:
+            z: clean latents, shape (n, ...).
+            eps: standard normal noise, same shape.
+            t: times, shape (n,).
+
+        Returns:
+            Noisy latents, in the type of z.
+        """
+        return per_image(self.alpha(t.cpu()), z) * z + per_image(self.sigma(t.cpu()), z) * eps
+
+
+def per_image(value: Tensor, like: Tensor) -> Tensor:
+    """One number an image, shape (n,), ready to multiply ``like`` of shape (n, ...), in its type and device."""
+    return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))

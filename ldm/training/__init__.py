@@ -1,0 +1,1 @@
+"""Training of both stages; the only room that imports Lightning and wandb."""

@@ -1,0 +1,99 @@
+"""Stage one: the KL autoencoder (line two of the picture, its first half)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from ldm import randomness
+from ldm.autoencoder import Autoencoder, CalibratedLoss
+from ldm.autoencoder.autoencoder import DOWNSAMPLING
+from ldm.checkpoint import Contents
+from ldm.data import ShardDataset, decode_image, to_tensor
+from ldm.training.ema import EMA
+from ldm.training.optimizer import Optimizer
+
+SCALE_IMAGES = 512  # images over which the latent scale is measured; latents of 131,072 places a channel at 128×128
+
+
+class AutoencoderTraining(pl.LightningModule):
+    """Trains an autoencoder; the posterior's noise of a sample hangs on (seed, position) alone."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        loss: CalibratedLoss,
+        optimizer: Optimizer,
+        samples: ShardDataset,  # the training images, for the latent scale
+        ema_decay: float = 0.999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.loss = autoencoder.train().requires_grad_(True), loss
+        self.optimizer, self.samples, self.seed = optimizer, samples, seed
+        self.ema = EMA(autoencoder, ema_decay)
+
+    def training_step(self, batch: dict[str, Any]) -> Tensor:
+        """Encode → draw the latents → decode → loss → log."""
+        x = batch["image"]
+        posterior = self.autoencoder.posterior(x)
+        m = posterior.mean + posterior.std * self.noise(batch["position"], posterior.mean)
+        reconstruction = self.autoencoder.decode_raw(m)
+        parts = self.loss(x, reconstruction, posterior)
+        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
+        self.log("loss", parts["loss"].detach(), prog_bar=True, logger=False)
+        return parts["loss"]
+
+    def noise(self, positions: Tensor, like: Tensor) -> Tensor:
+        """The posterior noise of each sample of the batch, shaped as its latents."""
+        rows = [randomness.normal(self.seed, "posterior", int(p), like.shape[1:]) for p in positions]
+        return torch.stack(rows).to(like.device, like.dtype)
+
+    def validation_step(self, batch: dict[str, Any]) -> None:
+        """PSNR of held-out images from the mode, raw and EMA; KL and loss."""
+        x = batch["image"]
+        for name, model in (("", self.autoencoder), ("_ema", self.ema.average)):
+            assert isinstance(model, Autoencoder)
+            posterior = model.posterior(x)
+            reconstruction = model.decode_raw(posterior.mode()).clamp(-1.0, 1.0)
+            psnr = peak_signal_noise_ratio(
+                reconstruction, x, data_range=(-1.0, 1.0), reduction="elementwise_mean", dim=(1, 2, 3)
+            )
+            self.log(f"val/psnr{name}", psnr, prog_bar=name == "_ema", on_epoch=True, sync_dist=True, batch_size=len(x))
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            self.log(f"val/kl_per_unit{name}", kl, on_epoch=True, sync_dist=True, batch_size=len(x))
+
+    def configure_optimizers(self) -> Any:
+        """Adam over the autoencoder and the scale of its likelihood."""
+        return self.optimizer.build([self.autoencoder, self.loss], self.trainer.max_steps)
+
+    @torch.no_grad()
+    def measure_latent_scale(self) -> None:
+        """Measure mean and standard deviation a channel of raw latents over training images, and keep them in the EMA.
+
+        Var m = Var E[m|x] + E Var[m|x]: the posterior's own variance counts, since stage two draws from it.
+        """
+        model = self.ema.average
+        assert isinstance(model, Autoencoder)
+        every = max(1, len(self.samples) // SCALE_IMAGES)
+        means, squares = [], []
+        for i in range(0, len(self.samples), every):
+            sample = self.samples[i]
+            x = to_tensor(decode_image(sample.image, sample.key))[None].to(self.device)
+            x = x[..., : x.shape[-2] // DOWNSAMPLING * DOWNSAMPLING, : x.shape[-1] // DOWNSAMPLING * DOWNSAMPLING]
+            posterior = model.posterior(x)
+            means.append(posterior.mean.double().mean((0, 2, 3)))
+            squares.append((posterior.mean.double().square() + posterior.logvar.double().exp()).mean((0, 2, 3)))
+        mean = torch.stack(means).mean(0)
+        std = (torch.stack(squares).mean(0) - mean.square()).sqrt()
+        for autoencoder in (model, self.autoencoder):
+            autoencoder.set_latent_scale(mean.float(), std.float())
+
+    def contents(self) -> Contents:
+        """What a checkpoint keeps; the latent scale is measured for it."""
+        self.measure_latent_scale()
+        return Contents({"autoencoder": self.ema.average}, raw={"autoencoder": self.autoencoder.state_dict()})

@@ -1,0 +1,98 @@
+"""What watches a training: speed, pictures as files, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from ldm.data import FixedSet
+from ldm.pipeline import Samples
+from ldm.provenance import write_png
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.diffusion import DiffusionTraining
+
+
+class Speed(pl.Callback):
+    """Logs images/s over all devices, time for validation and saving left out."""
+
+    def __init__(self, batch_size: int, every: int = 10) -> None:
+        self.batch_size, self.every = batch_size, every
+        self._spent, self._steps, self._start = 0.0, 0, 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Start the clock; reading the batch is counted by the last batch's end to here only if it is slow."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Stop it, and log now and then."""
+        self._spent += time.perf_counter() - self._start
+        self._steps += 1
+        if self._steps == self.every:
+            images = self.batch_size / trainer.accumulate_grad_batches * self._steps
+            pl_module.log("images/s", images / self._spent, prog_bar=True)
+            self._spent, self._steps = 0.0, 0
+
+
+class Pictures(pl.Callback):
+    """Writes ``samples/step-….png`` every so many steps: drawn from prompts, or originals above reconstructions."""
+
+    def __init__(self, folder: Path, every: int, prompts: Sequence[str], images: FixedSet, steps: int = 20) -> None:
+        self.folder, self.every, self.prompts, self.images, self.steps = folder, every, list(prompts), images, steps
+        self._done = -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Every so many optimiser steps."""
+        step = trainer.global_step
+        if trainer.is_global_zero and self.every and step and step % self.every == 0 and step != self._done:
+            self._done = step
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_png(self.folder / f"step-{step:08d}.png", self.draw(pl_module), {"step": step})
+
+    @torch.no_grad()
+    def draw(self, module: pl.LightningModule) -> Image.Image:
+        """The picture."""
+        if isinstance(module, DiffusionTraining):
+            height, width = self.images.height, self.images.width
+            return module.averaged_model().sample(self.prompts, steps=self.steps, height=height, width=width).grid()
+        assert isinstance(module, AutoencoderTraining)
+        x = torch.stack([self.images[i]["image"] for i in range(min(8, len(self.images)))]).to(module.device)
+        model = module.ema.average
+        shown = model.decode_raw(model.posterior(x).mode()).clamp(-1.0, 1.0)  # type: ignore[operator]
+        both = torch.cat([x, shown]).float().cpu()
+        return Samples(both, both, [], [], torch.zeros(len(both))).grid(columns=len(x))
+
+
+class GracefulStop(pl.Callback):
+    """On Ctrl-C or SIGTERM the step is finished and saved; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop after this step."""
+        if self.signal is not None:
+            trainer.should_stop = True
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""Batches for Lightning: global positions in, this rank's slices out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.autoencoder import Autoencoder
+from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
+from ldm.text import TextEncoder
+from ldm.training.cache import CachedSet, LatentCache
+
+
+class DataModule(pl.LightningDataModule):
+    """Training and validation batches of a data set; which sample stands where hangs on (seed, position) alone."""
+
+    def __init__(
+        self,
+        train: ShardDataset,
+        validation: ShardDataset,
+        height: int = 128,  # pixels
+        width: int = 128,  # pixels
+        batch_size: int = 32,  # per optimiser step, over all devices and micro-batches
+        num_workers: int = 0,  # processes that read data, a device
+        flip: bool = False,  # mirror half of the images
+        random_crop: bool = False,  # else the centre
+    ) -> None:
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.height, self.width, self.batch_size, self.num_workers = height, width, batch_size, num_workers
+        self.flip, self.random_crop = flip, random_crop
+        self.seed = 0
+        self.train_set: Dataset[dict[str, Any]] | None = None
+        self.validation_set: Dataset[dict[str, Any]] | None = None
+
+    def prepare(self, seed: int, encoders: tuple[Autoencoder, TextEncoder] | None = None, limit: int = 64) -> None:
+        """Fix the seed, and with ``encoders`` compute the cache; ``limit`` caps the validation images, None does not.
+
+        Raises:
+            ValueError: if a cache is asked for with random crops.
+        """
+        self.seed = seed
+        every = max(1, len(self.validation) // limit)
+        validation = ShardDataset(self.validation.shards, keys=self.validation.keys[::every][:limit])
+        train = TrainingSet(self.train, seed, self.height, self.width, self.flip, self.random_crop)
+        fixed = FixedSet(validation, self.height, self.width)
+        self.train_set, self.validation_set = train, fixed
+        if encoders is not None:
+            if self.random_crop:
+                raise ValueError("data.random_crop=true needs images: set cache=false, or random_crop=false")
+            size = (self.height, self.width)
+            self.train_set = CachedSet(train, LatentCache(self.train, *encoders, *size, flip=self.flip))
+            self.validation_set = CachedSet(fixed, LatentCache(validation, *encoders, *size, flip=False))
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """From the trainer's own step on, so that a resumed run goes on where it stopped."""
+        trainer = self.trainer
+        assert trainer is not None and self.train_set is not None
+        positions = PositionSampler(
+            self.batch_size,
+            trainer.global_step,
+            trainer.max_steps,
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.accumulate_grad_batches,
+        )
+        return DataLoader(
+            self.train_set,
+            batch_size=positions.micro,
+            sampler=positions,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The fixed validation images, in order."""
+        assert self.validation_set is not None
+        return DataLoader(self.validation_set, batch_size=16)

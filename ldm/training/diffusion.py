@@ -1,0 +1,153 @@
+"""Stage two: the text-conditioned UNet (line two of the picture)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm import randomness
+from ldm.checkpoint import Contents
+from ldm.diffusion import min_snr_weight, per_sample_error, target
+from ldm.diffusion.schedule import per_image
+from ldm.pipeline import LatentDiffusion
+from ldm.training.ema import EMA
+from ldm.training.optimizer import Optimizer
+
+VALIDATION_BINS = 4  # ranges of timesteps, each validation image once in each
+
+
+class DiffusionTraining(pl.LightningModule):
+    """Trains the UNet of a model; noise, timestep and caption drop of a sample hang on (seed, position) alone."""
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        optimizer: Optimizer,
+        caption_dropout: float = 0.1,  # share of captions replaced by the null context
+        min_snr: float | None = None,  # γ of min-SNR weighting; None weighs all timesteps alike
+        ema_decay: float = 0.999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= caption_dropout < 1.0:
+            raise ValueError(f"caption_dropout={caption_dropout}: the rule is 0 <= rate < 1; 0.1 is usual")
+        self.unet = model.unet.train().requires_grad_(True)
+        self._frozen = [model]  # in a list, so that the frozen parts are not taken for parameters of this module
+        self.optimizer, self.seed = optimizer, seed
+        self.caption_dropout, self.min_snr = caption_dropout, min_snr
+        self.ema = EMA(self.unet, ema_decay)
+        self.trained = ("unet",)
+
+    @property
+    def model(self) -> LatentDiffusion:
+        """The model in training, with the raw weights."""
+        return self._frozen[0]
+
+    def averaged_model(self) -> LatentDiffusion:
+        """The model with the EMA weights, ready to sample from."""
+        m = self.model
+        return LatentDiffusion(
+            self.ema.average,  # type: ignore[arg-type]
+            m.autoencoder,
+            m.text_encoder,
+            m.schedule,
+            m.prediction,
+            m.defaults,
+            m.null_context,
+        )
+
+    def on_fit_start(self) -> None:
+        """The frozen parts go where the UNet is."""
+        self.model.to(self.device)
+
+    def training_step(self, batch: dict[str, Any]) -> Tensor:
+        """Encode → drop captions → draw t and noise → loss → log."""
+        z, context = self.encode(batch)
+        context = self.drop_captions(context, batch["position"])
+        t, eps = self.draw(z, batch["position"])
+        error, weight = self.error(self.unet, z, eps, t, context)
+        loss = (weight * error).mean()
+        self.log_dict({"train/loss": loss.detach(), "train/mse": error.detach().mean()})
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def encode(self, batch: dict[str, Any], noisy: bool = True) -> tuple[Tensor, Tensor]:
+        """Latents (n, 4, h/8, w/8), drawn from the posterior unless not ``noisy``, and context (n, 77, d)."""
+        if "moments" in batch:
+            mean, std = batch["moments"].unbind(1)
+            context = batch["context"]
+        else:
+            with torch.no_grad():
+                posterior = self.model.autoencoder.posterior(batch["image"])
+            mean, std = posterior.mean, posterior.std
+            context = self.model.text_encoder(batch["caption"])
+        m = mean + std * self.noise("posterior", batch["position"], mean) if noisy else mean
+        return self.model.autoencoder.normalise(m), context
+
+    def drop_captions(self, context: Tensor, positions: Tensor) -> Tensor:
+        """Replace the context of a share of the samples by the null context: what guidance needs (2207.12598)."""
+        rows = [randomness.uniform(self.seed, "caption dropout", int(p))[0] for p in positions]
+        drop = torch.as_tensor(np.array(rows) < self.caption_dropout, device=context.device)
+        self.log("train/dropped_captions", drop.float().mean())
+        return torch.where(drop[:, None, None], self.model.null_context.to(context), context)
+
+    def draw(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps (n,), uniform, and noise shaped as z."""
+        steps = self.model.schedule.num_steps
+        t = [randomness.integer(self.seed, "timestep", int(p), steps) for p in positions]
+        return torch.tensor(t, device=z.device), self.noise("noise", positions, z)
+
+    def noise(self, stream: str, positions: Tensor, like: Tensor) -> Tensor:
+        """Standard normal noise of each sample, shaped as ``like``."""
+        rows = [randomness.normal(self.seed, stream, int(p), like.shape[1:]) for p in positions]
+        return torch.stack(rows).to(like.device, like.dtype)
+
+    def error(self, unet: torch.nn.Module, z: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error of each sample's prediction, and its weight: (n,), (n,)."""
+        schedule, kind = self.model.schedule, self.model.prediction
+        alpha, sigma = (per_image(f(t.cpu()), z) for f in (schedule.alpha, schedule.sigma))
+        prediction = unet(schedule.add_noise(z, eps, t), t, context)
+        weight = min_snr_weight(schedule.log_snr(t.cpu()), kind, self.min_snr).to(z)
+        return per_sample_error(prediction, target(kind, z, eps, alpha, sigma)), weight
+
+    def validation_step(self, batch: dict[str, Any]) -> None:
+        """Error on fixed (image, t, ε), by range of timesteps, raw and EMA: a curve that can be read."""
+        z, context = self.encode(batch, noisy=False)
+        positions = batch["position"]
+        steps = self.model.schedule.num_steps
+        for k in range(VALIDATION_BINS):
+            low, high = k * steps // VALIDATION_BINS, (k + 1) * steps // VALIDATION_BINS
+            t = [low + randomness.integer(0, f"validation {k}", int(p), high - low) for p in positions]
+            rows = [randomness.normal(0, f"validation noise {k}", int(p), z.shape[1:]) for p in positions]
+            eps, times = torch.stack(rows).to(z), torch.tensor(t, device=z.device)
+            for name, unet in (("", self.unet), ("_ema", self.ema.average)):
+                error = self.error(unet, z, eps, times, context)[0].mean()
+                self.log(f"val/mse{name}_t{low}-{high - 1}", error, sync_dist=True, batch_size=len(z))
+                # Logged once a bin under one name: Lightning's mean over calls is the mean over bins.
+                self._sums.setdefault(name, []).append(float(error) * len(z))
+        self._seen += len(z)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the sums over bins and batches."""
+        self._sums: dict[str, list[float]] = {}
+        self._seen = 0
+
+    def on_validation_epoch_end(self) -> None:
+        """The mean over all timesteps."""
+        for name, values in self._sums.items():
+            mean = sum(values) / (self._seen * VALIDATION_BINS)
+            self.log(f"val/mse{name}", mean, prog_bar=name == "_ema", sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """Adam over the UNet."""
+        return self.optimizer.build([self.unet], self.trainer.max_steps)
+
+    def contents(self) -> Contents:
+        """What a checkpoint keeps: the whole model with the EMA weights, and the raw ones of the UNet."""
+        contents = self.averaged_model().contents()
+        contents.raw = {"unet": self.unet.state_dict()}
+        return contents

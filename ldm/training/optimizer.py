@@ -1,0 +1,58 @@
+"""Adam with float32 master weights, and how the learning rate goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, 1711.05101) with a linear warm-up and an optional decay to zero.
+
+    Attributes:
+        learning_rate: after the warm-up.
+        betas: decay rates of Adam's two moments.
+        weight_decay: decoupled, on weights of two or more dimensions alone.
+        warmup: steps of linear warm-up.
+        decay: ``constant``, ``cosine`` over all the steps, or ``linear`` over the last ``cooldown`` of them.
+        cooldown: share of the steps over which ``linear`` decays.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 500
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    cooldown: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"optimizer.learning_rate={self.learning_rate} must be a finite number above 0")
+        if self.decay not in ("constant", "cosine", "linear"):
+            raise ValueError(f"optimizer.decay={self.decay!r} is unknown; choose constant, cosine or linear")
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """The learning rate's factor at a step, in [0, 1]."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.decay == "cosine":
+            return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / max_steps)))
+        if self.decay == "linear":
+            return warm * min(1.0, max(0.0, (max_steps - step) / max(1.0, self.cooldown * max_steps)))
+        return warm
+
+    def build(self, modules: Iterable[nn.Module], max_steps: int) -> dict[str, Any]:
+        """Optimiser and schedule in the form Lightning takes."""
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        adam = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.betas), fused=True)  # type: ignore[arg-type]
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: self.factor(step, max_steps))
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

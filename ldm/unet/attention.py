@@ -1,0 +1,100 @@
+"""Attention parts of the UNet: how the picture looks at itself and at the text.
+
+Shapes: n images, c channels, h × w latents, l queries (h·w), m keys (l, or 77 text tokens), d width of the context.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.unet.layers import NUM_GROUPS
+
+# On a CPU, plain batched products beat the fused kernel while the l × m weights of a head stay in its caches.
+PLAIN_LIMIT = 512 * 512
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax(q kᵀ / √head_dim) v (Vaswani et al., 1706.03762, eq. 1).
+
+    Args:
+        q: queries, shape (n, heads, l, head_dim).
+        k: keys, shape (n, heads, m, head_dim).
+        v: values, shape (n, heads, m, head_dim).
+
+    Returns:
+        Shape (n, heads, l, head_dim).
+    """
+    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_LIMIT:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return scores.softmax(dim=-1, dtype=scores.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to ``context`` (to x itself where none is given)."""
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the width {channels}; choose a divisor")
+        context_dim = channels if context_dim is None else context_dim
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (n, l, c), context (n, m, d) → (n, l, c)."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(y, "n l (heads c) -> n heads l c", heads=self.num_heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.to_out(rearrange(attend(q, k, v), "n heads l c -> n l (heads c)"))
+
+
+class FeedForward(nn.Module):
+    """GEGLU (Shazeer, 2002.05202): (x W ⊙ gelu(x V)) U, four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(channels, 8 * channels)
+        self.proj_out = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, l, c) → (n, l, c)."""
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class Transformer(nn.Module):
+    """One block over the latents as tokens: self-attention, cross-attention to the text, feed-forward.
+
+    Its last projection starts at zero, so that a fresh UNet is a plain convolutional one.
+    """
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(NUM_GROUPS, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.cross_attention = Attention(channels, num_heads, context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.feed_forward = FeedForward(channels)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (n, c, h, w), context (n, m, d) → (n, c, h, w)."""
+        height, width = x.shape[-2:]
+        y = rearrange(self.proj_in(self.norm(x)), "n c h w -> n (h w) c")
+        y = y + self.self_attention(self.norm1(y))
+        y = y + self.cross_attention(self.norm2(y), context)
+        y = y + self.feed_forward(self.norm3(y))
+        return x + self.proj_out(rearrange(y, "n (h w) c -> n c h w", h=height, w=width))

@@ -1,0 +1,111 @@
+"""The bundled emoji keep the promises of their splits."""
+
+from collections import Counter
+
+import pytest
+
+from ldm.data import HANDS, STYLES, Sample, decode_image, emoji_dataset
+from ldm.data.emoji import splits
+
+Samples = dict[str, list[Sample]]
+
+
+def read(name: str) -> Samples:
+    sets = {split: emoji_dataset(name, split) for split in splits()[name]}
+    return {split: [data[i] for i in range(len(data))] for split, data in sets.items()}
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Samples:
+    return read("emoji")
+
+
+@pytest.fixture(scope="module")
+def emoji200() -> Samples:
+    return read("emoji200")
+
+
+def pairs(samples: list[Sample]) -> set[tuple[str, str]]:
+    return {(sample.meta["concept"], sample.meta["hand"]) for sample in samples}
+
+
+def concepts(samples: list[Sample]) -> set[str]:
+    return {sample.meta["concept"] for sample in samples}
+
+
+def test_four_styles_by_three_hands(emoji: Samples) -> None:
+    everything = [sample for split in emoji.values() for sample in split]
+    assert {sample.meta["style"] for sample in everything} == set(STYLES)
+    assert all(HANDS[sample.meta["style"]] == sample.meta["hand"] for sample in everything)
+    assert 6300 < len(everything) < 6600
+    assert len({sample.key for sample in everything}) == len(everything)
+
+
+def test_held_out_concepts_are_never_trained_on(emoji: Samples) -> None:
+    assert not concepts(emoji["heldout_concepts"]) & concepts(emoji["train"] + emoji["heldout_pairs"])
+    total = len(concepts(emoji["train"]) | concepts(emoji["heldout_concepts"]))
+    assert 0.02 < len(concepts(emoji["heldout_concepts"])) / total < 0.04
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji200"])
+def test_of_a_held_out_pair_the_concept_is_seen_but_not_by_that_hand(
+    name: str, emoji: Samples, emoji200: Samples
+) -> None:
+    data = {"emoji": emoji, "emoji200": emoji200}[name]
+    held, seen = pairs(data["heldout_pairs"]), pairs(data["train"])
+    assert not held & seen
+    assert concepts(data["heldout_pairs"]) <= concepts(data["train"])
+    assert max(Counter(concept for concept, _ in held).values()) == 1  # at most one hand of a concept
+    share = len(held) / len(held | seen)
+    low, high = (0.035, 0.065) if name == "emoji" else (0.07, 0.13)
+    assert low < share < high
+
+
+def test_no_drawing_lies_on_both_sides_of_a_split(emoji: Samples) -> None:
+    trained = {sample.image: sample.key for sample in emoji["train"]}
+    held = emoji["heldout_pairs"] + emoji["heldout_concepts"]
+    assert {sample.key: trained[sample.image] for sample in held if sample.image in trained} == {}
+
+
+def test_labels_that_differ_by_person_or_direction_are_one_concept(emoji: Samples) -> None:
+    by_label = {sample.meta["label"]: sample.meta["concept"] for split in emoji.values() for sample in split}
+    assert by_label["man running"] == by_label["woman running"] == by_label["person running"]
+    assert by_label["man farmer"] == by_label["farmer"]
+    right = next(label for label in by_label if label.startswith("person running") and label.endswith("facing right"))
+    assert by_label[right] == by_label["person running"]
+
+
+def test_emoji200_has_200_concepts_in_all_four_styles(emoji200: Samples) -> None:
+    everything = emoji200["train"] + emoji200["heldout_pairs"]
+    counts = Counter(sample.meta["concept"] for sample in everything)
+    assert len(counts) == 200
+    assert set(counts.values()) == {4}
+
+
+def test_a_sample_has_its_captions_and_the_first_is_without_tags(emoji200: Samples) -> None:
+    for sample in emoji200["train"]:
+        variants = sample.meta["captions"]
+        assert sample.caption == variants[0]
+        assert len(variants) >= 5
+        assert variants[0].endswith(f"{sample.meta['label']}, {sample.meta['style']} style")
+
+
+def test_images_are_128_squared_on_white(emoji200: Samples) -> None:
+    for sample in emoji200["heldout_pairs"]:
+        image = decode_image(sample.image)
+        assert image.size == (128, 128)
+        corners = [image.getpixel((x, y)) for x in (0, 127) for y in (0, 127)]
+        assert max(min(corner) for corner in corners if isinstance(corner, tuple)) > 240
+
+
+def test_openmoji_is_in_no_other_set(emoji: Samples) -> None:
+    held_back = read("openmoji")
+    assert {sample.meta["style"] for split in held_back.values() for sample in split} == {"openmoji"}
+    assert not concepts(held_back["train"]) & concepts(emoji["heldout_concepts"])
+
+
+def test_unknown_names_and_splits_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="emoji200"):
+        emoji_dataset("emojis")
+    with pytest.raises(ValueError, match="heldout_pairs"):
+        emoji_dataset("emoji200", "test")
