@@ -49,7 +49,9 @@ class Contents:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: str | Path, contents: Contents, state: dict[str, Any] | None = None, share: Path | None = None) -> None:
+def save(
+    folder: str | Path, contents: Contents, state: dict[str, Any] | None = None, share: Path | None = None
+) -> None:
     """Write a checkpoint: beside its target, fsynced, manifest last, renamed; an old one there goes afterwards.
 
     Args:

@@ -171,7 +171,7 @@ def configs() -> Path:
 
 
 def parse(arguments: Sequence[str], defaults: dict[str, Any], texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Settings ``key=value`` over ``defaults``, and the bare arguments; those named in ``texts`` are kept to the letter.
+    """Settings ``key=value`` over ``defaults``, and the bare arguments; ``texts`` are kept to the letter.
 
     Raises:
         ValueError: for a key that is not in ``defaults``.
@@ -384,7 +384,7 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
     run = Path(given.pop("resume"))
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"resume={run}: no run there (it holds no config.yaml); give the folder of a training")
-    cfg = OmegaConf.load(run / "config.yaml")
+    cfg: Any = OmegaConf.load(run / "config.yaml")  # type: ignore[no-redef]
     cfg.output = str(run)  # it may have been moved
     OmegaConf.set_struct(cfg, True)
     for key, value in given.items():
@@ -427,6 +427,7 @@ def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
     if cfg.stage not in ("autoencoder", "diffusion"):
         raise ValueError(f"stage={cfg.stage} is unknown; choose autoencoder or diffusion")
     check_wandb(OmegaConf.to_container(cfg.logger, resolve=True))
+    intervals = Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every)
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
     module: AutoencoderTraining | DiffusionTraining
@@ -455,7 +456,7 @@ def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
     data.prepare(cfg.seed, encoders, cfg.validation.images)
     options = {
         "trainer": OmegaConf.to_container(cfg.trainer, resolve=True),
-        "intervals": Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every),
+        "intervals": intervals,
         "prompts": list(cfg.samples.prompts),
         "loggers": [instantiate(logger, _convert_="all") for logger in cfg.logger.loggers],
         "clip": cfg.clip,

@@ -56,9 +56,11 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
     if "unet" not in parts:
         raise ValueError(f"{source} holds {', '.join(parts)} but no UNet; for an autoencoder use ldm.load_autoencoder")
     unet, autoencoder, text_encoder = parts["unet"], parts["autoencoder"], parts["text_encoder"]
-    assert isinstance(unet, UNet) and isinstance(autoencoder, Autoencoder) and isinstance(text_encoder, TextEncoder)
+    assert isinstance(unet, UNet)
+    assert isinstance(autoencoder, Autoencoder)
+    assert isinstance(text_encoder, TextEncoder)
     settings = contents.settings
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     dtype = next(unet.parameters()).dtype
     if device.type == "cpu" and dtype == torch.float16:
         dtype = torch.float32
@@ -73,6 +75,16 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
         name=hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()[:16],
     )
     return model.to(device, dtype)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={name} is unknown; choose cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: this machine has no GPU that torch can use; choose cpu")
+    return device
 
 
 def load_autoencoder(source: str | Path, weights: str = "ema") -> Autoencoder:

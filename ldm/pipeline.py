@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,10 +286,12 @@ class LatentDiffusion:
     def _scale(self, guidance_scale: float | None, negatives: Sequence[str]) -> float:
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0.0 <= scale < math.inf:
-            raise ValueError(f"guidance_scale={scale}: the rule is a finite number >= 0; 1 is no guidance, 7.5 is usual")
+            raise ValueError(
+                f"guidance_scale={scale}: the rule is a finite number >= 0; 1 is no guidance, 7.5 is usual"
+            )
         if scale == 1.0 and any(negatives):
             raise ValueError(
-                "guidance_scale=1 makes one pass and would ignore the negative prompt; raise it, or leave the prompt out"
+                "guidance_scale=1 makes one pass and would ignore the negative prompt; raise it, or drop the prompt"
             )
         return float(scale)
 
@@ -300,7 +303,7 @@ class LatentDiffusion:
             seed = secrets.randbelow(2**31)
         if isinstance(seed, int) and not isinstance(seed, bool):
             seeds = [seed + i for i in range(n)]
-        elif isinstance(seed, Sequence) and not isinstance(seed, str):
+        elif isinstance(seed, (list, tuple)):
             seeds = list(seed)
         else:
             raise ValueError(f"seed={seed!r}: the rule is a whole number, a list of one an image, or none")
@@ -311,17 +314,20 @@ class LatentDiffusion:
                 raise ValueError(f"seed {value!r} is not a whole number")
         channels = self.autoencoder.latent_channels
         if latents is None:
-            sizes = [self._size("height", height, self.defaults.height), self._size("width", width, self.defaults.width)]
+            sizes = [
+                self._size("height", height, self.defaults.height),
+                self._size("width", width, self.defaults.width),
+            ]
             shape = (channels, sizes[0] // DOWNSAMPLING, sizes[1] // DOWNSAMPLING)
             return torch.stack([randomness.normal(s, "latents", 0, shape) for s in seeds]), seeds
         if latents.ndim != 4 or latents.shape[0] != n or latents.shape[1] != channels or 0 in latents.shape:
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)}: the rule is ({n}, {channels}, height / 8, width / 8)"
             )
-        for name, value, side in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
-            if value is not None and value != side * DOWNSAMPLING:
+        for name, given, side in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
+            if given is not None and given != side * DOWNSAMPLING:
                 raise ValueError(
-                    f"{name}={value} contradicts the latents, whose {name} is {side * DOWNSAMPLING}; leave it out"
+                    f"{name}={given} contradicts the latents, whose {name} is {side * DOWNSAMPLING}; leave it out"
                 )
         if not torch.isfinite(latents).all():
             raise ValueError("the starting latents hold NaN or infinite values")
@@ -329,7 +335,7 @@ class LatentDiffusion:
 
     @staticmethod
     def _size(name: str, value: int | None, default: int) -> int:
-        size = default if value is None else value
+        size: Any = default if value is None else value
         if isinstance(size, bool) or not isinstance(size, int) or size < DOWNSAMPLING:
             raise ValueError(f"{name}={size}: the rule is a multiple of {DOWNSAMPLING}, at least {DOWNSAMPLING}")
         if size % DOWNSAMPLING:
@@ -348,4 +354,4 @@ def _sampler(name: str, eta: float) -> Callable[..., Tensor]:
     if eta and name != "ddim":
         raise ValueError(f"eta={eta} is a setting of ddim, and sampler={name} would ignore it; leave it out")
     sampler = SAMPLERS[name]
-    return lambda *arguments: sampler(*arguments, eta=eta) if name == "ddim" else sampler(*arguments)
+    return partial(sampler, eta=eta) if name == "ddim" else sampler

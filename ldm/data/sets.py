@@ -110,7 +110,12 @@ class PositionSampler(Sampler[int]):
         self.world_size, self.accumulation = world_size, accumulation
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.accumulation * self.micro
+        """Positions from step 0 to the last, the ones before ``start`` counted too.
+
+        A trainer that resumes counts the batches it has done against this length; were it the rest alone, it would
+        take the end for near and begin anew.
+        """
+        return self.stop * self.accumulation * self.micro
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.start, self.stop):

@@ -10,7 +10,9 @@ from torch import Tensor
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def guided(unet: Network, positive: Tensor, negative: Tensor | None, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+def guided(
+    unet: Network, positive: Tensor, negative: Tensor | None, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Prediction for the prompt, pushed away from the negative prompt: ε_neg + s (ε_pos - ε_neg) (eq. 6, s = 1 + w).
 
     It holds for ε, v and x0 alike, since each is affine in the others at fixed z and t.

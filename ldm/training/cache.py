@@ -29,13 +29,12 @@ class LatentCache:
         height: int,  # pixels
         width: int,  # pixels
         flip: bool,  # mirror images too
-        progress: bool = True,
     ) -> None:
         device = next(autoencoder.parameters()).device
         images = DataLoader(FixedSet(samples, height, width), batch_size=32)
         #: (n, flips, 2, 4, h/8, w/8): the mean and the standard deviation
         moments = []
-        for batch in tqdm(images, desc="encoding images", unit="batch", disable=not progress, leave=False):
+        for batch in tqdm(images, desc="encoding images", unit="batch", disable=None, leave=False):
             both = [batch["image"], batch["image"].flip(-1)] if flip else [batch["image"]]
             rows = []
             for x in both:
@@ -48,7 +47,7 @@ class LatentCache:
         distinct = sorted({caption for some in self.variants for caption in some}, key=lambda c: (len(c), c))
         self._row = {caption: i for i, caption in enumerate(distinct)}
         self._context: list[torch.Tensor] = []
-        for chunk in tqdm(_chunks(distinct, 64), desc="encoding captions", disable=not progress, leave=False):
+        for chunk in tqdm(_chunks(distinct, 64), desc="encoding captions", disable=None, leave=False):
             tokens = text_encoder.tokenize(chunk)
             context = text_encoder.encode(tokens).cpu()
             # MiniLM's context is zero past a caption's own tokens: those zeros are not stored.

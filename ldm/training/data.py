@@ -28,6 +28,8 @@ class DataModule(pl.LightningDataModule):
         random_crop: bool = False,  # else the centre
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.train, self.validation = train, validation
         self.height, self.width, self.batch_size, self.num_workers = height, width, batch_size, num_workers
         self.flip, self.random_crop = flip, random_crop
@@ -57,7 +59,8 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """From the trainer's own step on, so that a resumed run goes on where it stopped."""
         trainer = self.trainer
-        assert trainer is not None and self.train_set is not None
+        assert trainer is not None
+        assert self.train_set is not None
         positions = PositionSampler(
             self.batch_size,
             trainer.global_step,

@@ -30,7 +30,9 @@ class EMA(pl.Callback):
         """The copy goes where the model goes."""
         self.average.to(trainer.strategy.root_device)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """The average goes on from where it was saved."""
         self.average.load_state_dict(checkpoint[AVERAGE])
 

