@@ -98,7 +98,8 @@ def evaluate_pairs(
         pairs) as :meth:`PairScores.summary` gives them; ``table``, a row a picture with its key, seed and prompt.
 
     Raises:
-        ValueError: seeds or batch_size below 1, a scorer of another data set, no pair that can be scored, and what the model raises.
+        ValueError: seeds or batch_size below 1, a scorer of another data set, no pair that can be scored, and whatever
+            the model raises.
     """
     if seeds < 1 or batch_size < 1:
         raise ValueError(f"seeds={seeds}, batch_size={batch_size}: each must be at least 1")
