@@ -4,8 +4,8 @@
     python -m ldm.make_bundle minilm ldm/assets/emoji
     python -m ldm.make_bundle RUN ldm/assets/emoji [GUIDANCE_SCALE]
 
-The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there. The
-guidance scale that the model recommends is chosen by looking, after the training.
+The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there.
+The guidance scale that the model recommends is chosen by looking, after the training.
 """
 
 from __future__ import annotations
