@@ -21,14 +21,14 @@ from ldm.training.diffusion import DiffusionTraining
 
 
 class Speed(pl.Callback):
-    """Logs images/s over all devices, time for validation and saving left out."""
+    """Logs images/s over all devices, time for reading, validation and saving left out."""
 
     def __init__(self, batch_size: int, every: int = 10) -> None:
         self.batch_size, self.every = batch_size, every
         self._spent, self._steps, self._start = 0.0, 0, 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Start the clock; reading the batch is counted by the last batch's end to here only if it is slow."""
+        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:

@@ -40,7 +40,6 @@ class DiffusionTraining(pl.LightningModule):
         self.optimizer, self.seed = optimizer, seed
         self.caption_dropout, self.min_snr = caption_dropout, min_snr
         self.ema = EMA(self.unet, ema_decay)
-        self.trained = ("unet",)
 
     @property
     def model(self) -> LatentDiffusion:
@@ -127,7 +126,6 @@ class DiffusionTraining(pl.LightningModule):
             for name, unet in (("", self.unet), ("_ema", self.ema.average)):
                 error = self.error(unet, z, eps, times, context)[0].mean()
                 self.log(f"val/mse{name}_t{low}-{high - 1}", error, sync_dist=True, batch_size=len(z))
-                # Logged once a bin under one name: Lightning's mean over calls is the mean over bins.
                 self._sums.setdefault(name, []).append(float(error) * len(z))
         self._seen += len(z)
 

@@ -152,8 +152,9 @@ def test_samplers_draw_the_mixture_they_are_given(name: str, eta: float | None) 
     # Standard errors at n = 6,000 are 0.0065 of a share and 0.013 of a coordinate's mean.
     torch.testing.assert_close(share.double(), WEIGHTS, rtol=0, atol=0.025)
     torch.testing.assert_close(x.mean(0), (WEIGHTS[:, None] * MEANS).sum(0), rtol=0, atol=0.05)
-    spread = torch.stack([x[nearest == k].std() for k in range(3)])
-    assert ((spread > 0.2) & (spread < 1.0)).all()
+    # Standard errors of a standard deviation: 0.006 for the smallest component; measured 0.291 to 0.303.
+    spread = torch.stack([x[nearest == k].std(0).mean() for k in range(3)])
+    torch.testing.assert_close(spread, torch.full((3,), STD, dtype=torch.float64), rtol=0, atol=0.02)
 
 
 def test_ddpm_is_ddim_at_eta_one() -> None:

@@ -50,4 +50,4 @@ def test_bundled_minilm_knows_that_cats_are_nearer_to_kittens_than_to_buses() ->
     tokens = text.tokenize(["a cat", "a kitten", "a bus"])
     pooled = text.encode(tokens).sum(1) / tokens.lengths[:, None]
     near = torch.nn.functional.cosine_similarity(pooled[:1], pooled[1:])
-    assert near[0] > near[1] + 0.2  # measured: 0.79 and 0.30
+    assert near[0] > near[1] + 0.2  # measured: 0.77 and 0.22
