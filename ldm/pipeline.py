@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ldm import provenance, randomness
+from ldm import precision as precisions
+from ldm import randomness, request
 from ldm.autoencoder import Autoencoder
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
-from ldm.diffusion import SAMPLERS, Prediction, Schedule, guided, make_grid, to_x0
+from ldm.diffusion import Grid, Prediction, Schedule, guided, make_grid, to_x0
 from ldm.diffusion.prediction import check_prediction
+from ldm.request import Picture
+from ldm.safety import Checker, blur_flagged, make_checker
+from ldm.samples import Samples
 from ldm.text import TextEncoder
 from ldm.unet import UNet
 
 Callback = Callable[[int, int, Tensor], None]
+# resize="refine": the part of the steps that is taken anew at the target size.
+REFINED = 0.6
 
 
 @dataclass(frozen=True)
@@ -45,61 +49,45 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Pictures, prompt-major: image i has the i-th seed.
+class _Job:
+    """What all trajectories of a call share.
 
     Attributes:
-        images: float32 (n, 3, h, w) in [-1, 1].
-        latents: what they were decoded from, scaled to unit variance, float32 (n, 4, h/8, w/8).
+        contexts: of the distinct texts, (k, 77, d).
+        positive: row of each image's prompt.
+        negative: row of each image's negative prompt; None where s = 1.
         seeds: one an image.
-        prompts: one an image.
-        truncated: whether an image's prompt was cut to 77 tokens, bool (n,).
-        settings: everything else that made them.
+        scale: s of guidance, its interval in timesteps and its rescaling follow.
+        sampler: the function.
+        batch_size: images at a time.
+        callback: of the caller.
     """
 
-    images: Tensor
-    latents: Tensor
+    contexts: Tensor
+    positive: list[int]
+    negative: list[int] | None
     seeds: list[int]
-    prompts: list[str]
-    truncated: Tensor
-    settings: dict[str, Any] = field(default_factory=dict)
+    scale: float
+    interval: tuple[float, float]
+    rescale: float
+    sampler: Callable[..., Tensor]
+    batch_size: int
+    callback: Callback | None
 
-    def pil(self) -> list[Image.Image]:
-        """The pictures as PIL images, 8 bits."""
-        pixels = ((self.images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pixels]
 
-    def grid(self, columns: int | None = None, gap: int = 4) -> Image.Image:
-        """All pictures in one, row by row, on white."""
-        images = self.pil()
-        columns = columns or math.ceil(math.sqrt(len(images)))
-        width, height = images[0].size
-        rows = math.ceil(len(images) / columns)
-        sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-        for i, image in enumerate(images):
-            sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-        return sheet
+@dataclass(frozen=True)
+class _Edit:
+    """What an initial image gives, one row an image of the call.
 
-    def capsule(self, i: int) -> dict[str, Any]:
-        """What made image i: its prompt, seed and settings."""
-        own = {"negative_prompt": self.settings["negative_prompts"][i]}
-        rest = {name: value for name, value in self.settings.items() if name != "negative_prompts"}
-        return {"prompt": self.prompts[i], **own, "seed": self.seeds[i], **rest}
+    Attributes:
+        z: its latents, (n, 4, h, w).
+        mask: 1 where to paint anew, at the size of the latents, (n, 1, h, w); None paints everything.
+        channels: what an inpainting UNet reads beside the noisy latents, (n, 5, h, w).
+    """
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write 00000.png, … and grid.png (of several), each whole or not at all; returns their paths.
-
-        Each picture carries what made it in a text chunk.
-        """
-        root = Path(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        paths = [root / f"{i:05d}.png" for i in range(len(self.images))]
-        for i, (path, image) in enumerate(zip(paths, self.pil(), strict=True)):
-            provenance.write_png(path, image, self.capsule(i))
-        if len(paths) > 1:
-            paths.append(root / "grid.png")
-            provenance.write_png(paths[-1], self.grid(), {"images": [self.capsule(i) for i in range(len(self.images))]})
-        return paths
+    z: Tensor
+    mask: Tensor | None = None
+    channels: Tensor | None = None
 
 
 class LatentDiffusion:
@@ -115,6 +103,7 @@ class LatentDiffusion:
         defaults: Defaults | None = None,
         null_context: Tensor | None = None,  # context of the empty prompt in training, (77, d); None computes it
         name: str = "",  # hash of the checkpoint, for provenance
+        offload: bool = False,  # text tower and autoencoder wait on the CPU while they are idle: less GPU memory
     ) -> None:
         check_prediction(prediction)
         if unet.context_dim != text_encoder.width:
@@ -123,7 +112,7 @@ class LatentDiffusion:
                 "choose a unet and a text tower that fit"
             )
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
-        self.schedule, self.prediction, self.name = schedule, prediction, name
+        self.schedule, self.prediction, self.name, self.offload = schedule, prediction, name, offload
         self.defaults = Defaults() if defaults is None else defaults
         self.null_context = text_encoder([""])[0] if null_context is None else null_context
 
@@ -140,14 +129,16 @@ class LatentDiffusion:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentDiffusion:
         """Move all parts to a device, a type, or both; the schedule stays in float64 on the CPU."""
         for module in (self.unet, self.autoencoder, self.text_encoder):
-            module.to(device=device, dtype=dtype)
+            idle = self.offload and module is not self.unet
+            module.to(device="cpu" if idle else device, dtype=dtype)
         self.null_context = self.null_context.to(device=device, dtype=dtype)
         return self
 
     def context(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Context of prompts (n, 77, d), and which were cut (n,). The empty prompt's is the one of training."""
         tokens = self.text_encoder.tokenize(prompts)
-        context = self.text_encoder.encode(tokens)
+        with self._awake(self.text_encoder):
+            context = self.text_encoder.encode(tokens)
         empty = torch.tensor([prompt == "" for prompt in prompts], device=context.device)
         return torch.where(empty[:, None, None], self.null_context.to(context), context), tokens.truncated
 
@@ -167,7 +158,16 @@ class LatentDiffusion:
         latents: Tensor | None = None,
         grid: str | None = None,
         eta: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        init_image: Picture | None = None,
+        strength: float | None = None,
+        mask: Picture | None = None,
+        resize: str = "native",
         batch_size: int = 16,
+        tile: int | None = None,
+        precision: str | None = None,
+        safety: str | Checker | None = None,
         callback: Callback | None = None,
     ) -> Samples:
         """Pictures of prompts. Image i is a pure function of (seed + i, prompt, settings), whatever its neighbours.
@@ -180,71 +180,100 @@ class LatentDiffusion:
             guidance_scale: s >= 0; 1 is no guidance; None takes what the model recommends.
             sampler: a key of :data:`ldm.diffusion.SAMPLERS`.
             seed: of the first image, the next has the next; a list gives one an image; None draws one.
-            height: pixels, a multiple of 8; None takes the model's.
+            height: pixels, a multiple of 8; None takes the model's, or the initial image's.
             width: likewise.
             latents: starting noise, shape (n, 4, height / 8, width / 8); it sets the size.
             grid: time grid, a key of :data:`ldm.diffusion.GRIDS`; None takes the one the weights came with.
             eta: DDIM's η >= 0; other samplers refuse it.
+            guidance_interval: timesteps (low, high) between which guidance acts (2404.07724); one pass is made outside.
+            guidance_rescale: φ in [0, 1] of 2305.08891, against the contrast that strong guidance adds.
+            init_image: to start from, or to paint in: a tensor (n, 3, h, w) in [-1, 1], a PIL image or a path; one for
+                all, or one a prompt.
+            strength: part of the steps that change it, in (0, 1]; None is 0.8, or 1 with a mask.
+            mask: where to paint anew (1, white) and what to keep (0, black), of the image's size.
+            resize: how a size that is not the model's is reached: ``"native"`` denoises at that size;
+                ``"interpolate"`` at the model's, and resizes the latents; ``"refine"`` does so, adds noise again, and
+                takes the last steps at the target.
             batch_size: images at a time; changes speed and memory alone.
+            tile: latents a side that the autoencoder decodes at a time, for less memory; None decodes in one piece.
+            precision: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, which measures the device and takes
+                the fastest that is exact enough; None keeps that of the weights.
+            safety: ``"nsfw"``, or a function from images (n, 3, h, w) to flags (n,); flagged images are blurred.
             callback: called as (images done before, step, estimate of the clean latents (b, 4, h, w)).
 
         Raises:
             ValueError: for anything invalid, and if the result is not finite.
         """
-        prompts, negatives = self._prompts(prompt, negative_prompt, num_images)
-        scale = self._scale(guidance_scale, negatives)
-        run = _sampler(sampler, eta)
-        times = make_grid(self.defaults.grid if grid is None else grid, steps, self.schedule)
-        z, seeds = self._start(len(prompts), seed, height, width, latents)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: the rule is a whole number of at least 1")
+        if precision is not None:
+            return self._in(precision).sample(
+                prompt, negative_prompt, num_images, steps, guidance_scale, sampler, seed, height, width,
+                latents=latents, grid=grid, eta=eta, guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale, init_image=init_image, strength=strength, mask=mask, resize=resize,
+                batch_size=batch_size, tile=tile, safety=safety, callback=callback,
+            )  # fmt: skip
+        prompts, negatives = request.texts(prompt, negative_prompt, num_images)
+        seeds = request.seeds(seed, len(prompts))
+        scale = request.guidance_scale(guidance_scale, self.defaults.guidance_scale, negatives)
+        interval = request.interval(guidance_interval, self.schedule.num_steps)
+        rescale = request.number("guidance_rescale", guidance_rescale, 0.0, 1.0)
+        run, grid = request.sampler(sampler, eta), self.defaults.grid if grid is None else grid
+        times = make_grid(grid, steps, self.schedule)
+        checker = make_checker(safety)
+        request.count("batch_size", batch_size)
+        edit, size = self._canvas(init_image, mask, latents, height, width, num_images, len(prompts))
+        first = self._first_step(edit, strength, steps)
+        base = self._base(resize, size, edit, latents)
 
-        distinct = sorted({*prompts, *negatives})
-        contexts, cut = self.context(distinct)
-        row = {text: i for i, text in enumerate(distinct)}
-        results = []
-        for first in range(0, len(prompts), batch_size):
-            part = slice(first, first + batch_size)
-            positive = contexts[[row[text] for text in prompts[part]]]
-            negative = None if scale == 1.0 else contexts[[row[text] for text in negatives[part]]]
-            predict = guided(self.unet, positive, negative, scale)
-
-            def denoise(z: Tensor, i: int, predict: Any = predict, first: int = first) -> Tensor:
-                t = torch.full((len(z),), times.times[i], device=z.device)
-                prediction = predict(z.to(self.dtype), t).float()
-                x0 = to_x0(self.prediction, prediction, z, times.alpha[i], times.sigma[i])
-                if callback is not None:
-                    callback(first, i, x0)
-                return x0
-
-            def noise(i: int, part: slice = part) -> Tensor:
-                rows = [randomness.normal(s, "sampler", i, z.shape[1:]) for s in seeds[part]]
-                return torch.stack(rows).to(self.device)
-
-            results.append(run(denoise, z[part].to(self.device), times, noise).cpu())
-        final = torch.cat(results)
-        if not torch.isfinite(final).all():
+        texts = sorted({*prompts, *negatives})
+        contexts, cut = self.context(texts)
+        row = {text: i for i, text in enumerate(texts)}
+        negative = None if scale == 1.0 else [row[text] for text in negatives]
+        job = _Job(contexts, [row[text] for text in prompts], negative, seeds, scale, interval, rescale, run,
+                   batch_size, callback)  # fmt: skip
+        start = self._noise(seeds, base) if latents is None else request.latents(
+            latents, len(seeds), self.autoencoder.latent_channels)  # fmt: skip
+        z = self._trajectory(job, self._begin(start, edit, times, first), times.tail(first), edit)
+        if base != size:
+            z = self._resize(job, z, size, times, resize)
+        if not torch.isfinite(z).all():
             raise ValueError("the latents became NaN or infinite; check the weights, or take more steps")
+        images, flagged = blur_flagged(self._decode(z, batch_size, tile), checker)
         settings = {
             "negative_prompts": negatives,
             "steps": steps,
             "guidance_scale": scale,
             "sampler": sampler,
             "eta": eta,
-            "grid": self.defaults.grid if grid is None else grid,
-            "height": z.shape[2] * DOWNSAMPLING,
-            "width": z.shape[3] * DOWNSAMPLING,
+            "grid": grid,
+            "height": size[0],
+            "width": size[1],
             "model": self.name,
             "precision": str(self.dtype).removeprefix("torch."),
+            # Only what was asked for, so that a plain picture has a short capsule.
+            **({"guidance_interval": list(interval)} if guidance_interval is not None else {}),
+            **({"guidance_rescale": rescale} if rescale else {}),
+            **({"resize": resize} if base != size else {}),
+            **({"init_image": request.named(init_image), "strength": strength} if edit is not None else {}),
+            **({"mask": request.named(mask)} if mask is not None else {}),
+            **({"latents": "given"} if latents is not None else {}),
+            **({"tile": tile} if tile is not None else {}),
+            **({"safety": safety if isinstance(safety, str) else "given"} if checker is not None else {}),
         }
-        if latents is not None:
-            settings["latents"] = "given"
-        truncated = cut[[row[text] for text in prompts]]
-        return Samples(self._decode(final, batch_size), final, seeds, prompts, truncated, settings)
+        return Samples(images, z, seeds, prompts, cut[job.positive], flagged, settings)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint folder that ``ldm.load`` opens."""
         save_checkpoint(path, self.contents())
+
+    def export_diffusers(self, path: str | Path) -> None:
+        """Write a folder that diffusers' ``StableDiffusionPipeline.from_pretrained`` opens.
+
+        Raises:
+            ValueError: naming what that format cannot hold.
+        """
+        from ldm.convert import export_diffusers
+
+        export_diffusers(self, path)
 
     def contents(self) -> Contents:
         """What a checkpoint of this model keeps."""
@@ -259,99 +288,177 @@ class LatentDiffusion:
         }
         return Contents(dict(components), tensors={"null_context": self.null_context}, settings=settings)
 
-    def _decode(self, z: Tensor, batch_size: int) -> Tensor:
-        parts = [self.autoencoder.decode(part.to(self.device, self.dtype)) for part in z.split(batch_size)]
-        images = torch.cat([part.float().cpu() for part in parts])
+    # ------------------------------------------------------------------------------------------------ where it begins
+
+    def _noise(self, seeds: Sequence[int], size: tuple[int, int], stream: str = "latents") -> Tensor:
+        """Standard normal latents of a size in pixels, each a pure function of its seed, (n, 4, h/8, w/8)."""
+        shape = (self.autoencoder.latent_channels, size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING)
+        return torch.stack([randomness.normal(seed, stream, 0, shape) for seed in seeds])
+
+    def _canvas(
+        self,
+        image: Picture | None,
+        mask: Picture | None,
+        latents: Tensor | None,
+        height: int | None,
+        width: int | None,
+        num_images: int,
+        n: int,
+    ) -> tuple[_Edit | None, tuple[int, int]]:
+        """The size of the picture, which an image or latents set, and what an image gives."""
+        paints = self.unet.in_channels != self.autoencoder.latent_channels
+        if image is None:
+            if mask is not None:
+                raise ValueError("a mask needs the image that it belongs to; give init_image=")
+            if paints:
+                raise ValueError("this is an inpainting model: give init_image= and mask=")
+            if latents is None:
+                own = self.defaults
+                return None, (request.size("height", height, own.height), request.size("width", width, own.width))
+            sides = [DOWNSAMPLING * side for side in request.latents(latents, n, latents.shape[1]).shape[2:]]
+            return None, request.agreed_size("latents", height, width, sides)
+        x = request.picture("init_image", image)
+        size = request.agreed_size("init_image", height, width, x.shape[2:])
+        if latents is not None and tuple(latents.shape[2:]) != (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING):
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} do not fit an image of {size[0]}×{size[1]} pixels"
+            )
+        if mask is None:
+            if paints:
+                raise ValueError("this is an inpainting model: give mask=")
+            return _Edit(request.an_image("init_image", self._encode(x), num_images, n)), size
+        full = request.mask(mask, size)
+        if len({len(full), len(x), 1}) > 2:
+            raise ValueError(f"{len(full)} masks for {len(x)} images; give one, or one an image")
+        small = F.interpolate(full, scale_factor=1 / DOWNSAMPLING, mode="nearest")
+        z, m = self._encode(x), request.an_image("mask", small, num_images, n)
+        channels = None
+        if paints:
+            kept = self._encode(x * (1.0 - full))  # one of them may be for all
+            channels = torch.cat([m, request.an_image("init_image", kept, num_images, n)], dim=1)
+        return _Edit(request.an_image("init_image", z, num_images, n), None if paints else m, channels), size
+
+    def _first_step(self, edit: _Edit | None, strength: float | None, steps: int) -> int:
+        """Index of the grid where the trajectory begins: 0, or later for an image that is to be changed in part."""
+        if edit is None:
+            if strength is not None:
+                raise ValueError(f"strength={strength} says how far an image is changed; give init_image= as well")
+            return 0
+        return steps - request.strength(strength, edit.mask is not None or edit.channels is not None, steps)
+
+    def _base(self, resize: str, size: tuple[int, int], edit: _Edit | None, latents: Tensor | None) -> tuple[int, int]:
+        """The size at which the trajectory begins."""
+        if resize not in request.RESIZE:
+            raise ValueError(f"resize={resize!r} is unknown; choose one of {', '.join(request.RESIZE)}")
+        if resize == "native":
+            return size
+        if edit is not None or latents is not None:
+            what = "init_image" if edit is not None else "latents"
+            raise ValueError(f"resize={resize} begins at the model's own size, and {what} sets another; leave one out")
+        return request.base_size(*size, self.defaults.height, self.defaults.width)
+
+    @staticmethod
+    def _begin(noise: Tensor, edit: _Edit | None, times: Grid, first: int) -> Tensor:
+        """Pure noise, or an image with the noise of the first time; a mask at full strength begins from pure noise."""
+        masked = edit is not None and (edit.mask is not None or edit.channels is not None)
+        if edit is None or (masked and first == 0):
+            return noise
+        return times.alpha[first] * edit.z + times.sigma[first] * noise
+
+    # ------------------------------------------------------------------------------------------- from noise to latents
+
+    def _trajectory(
+        self, job: _Job, z: Tensor, times: Grid, edit: _Edit | None = None, stream: str = "sampler"
+    ) -> Tensor:
+        """Clean latents from noisy ones by the sampler, a batch at a time: (n, 4, h, w) → float32 on the CPU."""
+        results = []
+        for begin in range(0, len(z), job.batch_size):
+            part = slice(begin, begin + job.batch_size)
+            denoise = self._denoiser(job, times, part, edit)
+
+            def noise(i: int, part: slice = part) -> Tensor:
+                rows = [randomness.normal(seed, stream, i, z.shape[1:]) for seed in job.seeds[part]]
+                return torch.stack(rows).to(self.device)
+
+            end = job.sampler(denoise, z[part].to(self.device), times, noise).cpu()
+            if edit is not None and edit.mask is not None:  # what is kept, is kept exactly
+                end = torch.where(edit.mask[part] > 0, end, edit.z[part])
+            results.append(end)
+        return torch.cat(results)
+
+    def _denoiser(self, job: _Job, times: Grid, part: slice, edit: _Edit | None) -> Callable[[Tensor, int], Tensor]:
+        """(z, step) → the estimate of the clean latents, with guidance, for one batch."""
+        contexts = job.contexts.to(self.device, self.dtype)
+        positive = contexts[job.positive[part]]
+        negative = None if job.negative is None else contexts[job.negative[part]]
+        extra = None if edit is None or edit.channels is None else edit.channels[part].to(self.device, self.dtype)
+
+        def network(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            if extra is not None:
+                z = torch.cat([z, extra.repeat(len(z) // len(extra), 1, 1, 1)], dim=1)
+            return self.unet(z, t, context)
+
+        pushed = guided(network, positive, negative, job.scale, job.rescale)
+        plain = guided(network, positive, None, 1.0)
+        known = None if edit is None or edit.mask is None else edit.z[part].to(self.device)
+        keep = None if edit is None or edit.mask is None else edit.mask[part].to(self.device) == 0
+
+        def denoise(z: Tensor, i: int) -> Tensor:
+            t = torch.full((len(z),), times.times[i], device=z.device)
+            predict = pushed if job.interval[0] <= times.times[i] <= job.interval[1] else plain
+            x0 = to_x0(self.prediction, predict(z.to(self.dtype), t).float(), z, times.alpha[i], times.sigma[i])
+            if known is not None and keep is not None:
+                # The kept part is known: told so, any sampler carries it along with its own noise.
+                x0 = torch.where(keep, known, x0)
+            if job.callback is not None:
+                job.callback(part.start, i, x0)
+            return x0
+
+        return denoise
+
+    def _resize(self, job: _Job, z: Tensor, size: tuple[int, int], times: Grid, how: str) -> Tensor:
+        """Latents of the model's own size → those of the target."""
+        shape = (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING)
+        z = F.interpolate(z, shape, mode="bilinear", antialias=True)
+        if how == "interpolate":
+            return z
+        first = times.steps - max(1, int(times.steps * REFINED))
+        noise = self._noise(job.seeds, size, "refine")
+        start = self._begin(noise, _Edit(z), times, first)
+        return self._trajectory(job, start, times.tail(first), stream="refining")
+
+    # ------------------------------------------------------------------------------------------------ images ↔ latents
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Latents of images, one at a time: (n, 3, h, w) → float32 (n, 4, h/8, w/8) on the CPU."""
+        with self._awake(self.autoencoder):
+            parts = [self.autoencoder.encode(row.to(self.device, self.dtype)).float().cpu() for row in x.split(1)]
+        return torch.cat(parts)
+
+    def _decode(self, z: Tensor, batch_size: int, tile: int | None) -> Tensor:
+        with self._awake(self.autoencoder):
+            parts = [
+                self.autoencoder.decode(part.to(self.device, self.dtype), tile).float().cpu()
+                for part in z.split(batch_size)
+            ]
+        images = torch.cat(parts)
         if not torch.isfinite(images).all():
             raise ValueError("the decoded images hold NaN or infinite values; check the autoencoder's weights")
         return images.clamp(-1.0, 1.0)
 
-    def _prompts(
-        self, prompt: str | Sequence[str], negative: str | Sequence[str], num_images: int
-    ) -> tuple[list[str], list[str]]:
-        """One prompt and one negative prompt an image."""
-        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
-            raise ValueError(f"num_images={num_images}: the rule is a whole number of at least 1")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("the list of prompts is empty; give at least one")
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if len(negatives) != len(prompts):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one a prompt")
-        for text in (*prompts, *negatives):
-            if not isinstance(text, str):
-                raise ValueError(f"a prompt must be text, got {type(text).__name__}: {text!r}")
-        return [p for p in prompts for _ in range(num_images)], [p for p in negatives for _ in range(num_images)]
+    @contextmanager
+    def _awake(self, module: nn.Module) -> Iterator[None]:
+        """A module on the device of the UNet while it works; back on the CPU afterwards if offload is asked for."""
+        module.to(self.device)
+        yield
+        if self.offload:
+            module.to("cpu")
 
-    def _scale(self, guidance_scale: float | None, negatives: Sequence[str]) -> float:
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0.0 <= scale < math.inf:
-            raise ValueError(
-                f"guidance_scale={scale}: the rule is a finite number >= 0; 1 is no guidance, 7.5 is usual"
-            )
-        if scale == 1.0 and any(negatives):
-            raise ValueError(
-                "guidance_scale=1 makes one pass and would ignore the negative prompt; raise it, or drop the prompt"
-            )
-        return float(scale)
-
-    def _start(
-        self, n: int, seed: int | Sequence[int] | None, height: int | None, width: int | None, latents: Tensor | None
-    ) -> tuple[Tensor, list[int]]:
-        """Starting noise (n, 4, h/8, w/8) on the CPU, and a seed an image."""
-        if seed is None:
-            seed = secrets.randbelow(2**31)
-        if isinstance(seed, int) and not isinstance(seed, bool):
-            seeds = [seed + i for i in range(n)]
-        elif isinstance(seed, (list, tuple)):
-            seeds = list(seed)
-        else:
-            raise ValueError(f"seed={seed!r}: the rule is a whole number, a list of one an image, or none")
-        if len(seeds) != n:
-            raise ValueError(f"{len(seeds)} seeds for {n} images; give one number, or one an image")
-        for value in seeds:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"seed {value!r} is not a whole number")
-        channels = self.autoencoder.latent_channels
-        if latents is None:
-            sizes = [
-                self._size("height", height, self.defaults.height),
-                self._size("width", width, self.defaults.width),
-            ]
-            shape = (channels, sizes[0] // DOWNSAMPLING, sizes[1] // DOWNSAMPLING)
-            return torch.stack([randomness.normal(s, "latents", 0, shape) for s in seeds]), seeds
-        if latents.ndim != 4 or latents.shape[0] != n or latents.shape[1] != channels or 0 in latents.shape:
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)}: the rule is ({n}, {channels}, height / 8, width / 8)"
-            )
-        for name, given, side in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
-            if given is not None and given != side * DOWNSAMPLING:
-                raise ValueError(
-                    f"{name}={given} contradicts the latents, whose {name} is {side * DOWNSAMPLING}; leave it out"
-                )
-        if not torch.isfinite(latents).all():
-            raise ValueError("the starting latents hold NaN or infinite values")
-        return latents.detach().float().cpu(), seeds
-
-    @staticmethod
-    def _size(name: str, value: int | None, default: int) -> int:
-        size: Any = default if value is None else value
-        if isinstance(size, bool) or not isinstance(size, int) or size < DOWNSAMPLING:
-            raise ValueError(f"{name}={size}: the rule is a multiple of {DOWNSAMPLING}, at least {DOWNSAMPLING}")
-        if size % DOWNSAMPLING:
-            below = size // DOWNSAMPLING * DOWNSAMPLING
-            raise ValueError(
-                f"{name}={size} is not a multiple of {DOWNSAMPLING}; the nearest are {below} and {below + DOWNSAMPLING}"
-            )
-        return size
-
-
-def _sampler(name: str, eta: float) -> Callable[..., Tensor]:
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler={name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta < math.inf:
-        raise ValueError(f"eta={eta}: the rule is a finite number >= 0")
-    if eta and name != "ddim":
-        raise ValueError(f"eta={eta} is a setting of ddim, and sampler={name} would ignore it; leave it out")
-    sampler = SAMPLERS[name]
-    return partial(sampler, eta=eta) if name == "ddim" else sampler
+    def _in(self, precision: str) -> LatentDiffusion:
+        """This model in another precision: its UNet and autoencoder copied, the rest shared."""
+        dtype = precisions.choose(precision, self.device, self.dtype)
+        twin = copy.copy(self)
+        if dtype != self.dtype:
+            twin.unet = copy.deepcopy(self.unet).to(dtype)
+            twin.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
+        return twin

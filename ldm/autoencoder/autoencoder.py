@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.autoencoder.posterior import Posterior
+from ldm.autoencoder.tiling import decode_tiled
 
 NUM_GROUPS = 32  # group normalisation, as in SD 1.x
 DOWNSAMPLING = 8  # pixels a latent, each side
+QUERIES = 4096  # of attention at a time: all of 512×512 pixels
 
 
 class ResBlock(nn.Module):
@@ -51,7 +53,9 @@ class AttentionBlock(nn.Module):
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (n, h w, c)
         q, k, v = (linear(tokens)[:, None] for linear in (self.to_q, self.to_k, self.to_v))
-        y = self.to_out(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        # One head as wide as the channels has no fused kernel on a GPU: in blocks, its weights stay small.
+        blocks = [F.scaled_dot_product_attention(block, k, v)[:, 0] for block in q.split(QUERIES, dim=2)]
+        y = self.to_out(torch.cat(blocks, dim=1))
         return x + y.transpose(1, 2).reshape(n, c, height, width)
 
 
@@ -115,6 +119,8 @@ class Decoder(nn.Sequential):
         layers += [nn.GroupNorm(NUM_GROUPS, channels, eps=1e-6), nn.SiLU()]
         layers.append(nn.Conv2d(channels, 3 * stem**2, 3, padding=1))
         super().__init__(*layers)
+        # Up to here everything has the size of the latents; stem = 8 would leave nothing that grows.
+        self.first_growing = next((i for i, layer in enumerate(layers) if isinstance(layer, Upsample)), len(layers))
 
 
 class Autoencoder(nn.Module):
@@ -188,13 +194,17 @@ class Autoencoder(nn.Module):
         posterior = self.posterior(x)
         return self.normalise(posterior.mode() if generator is None else posterior.sample(generator))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images from scaled latents: z (n, 4, h/8, w/8) → about [-1, 1], not clamped, (n, 3, h, w)."""
-        return self.decode_raw(z * self._column(self.latent_std) + self._column(self.latent_mean))
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Images from scaled latents: z (n, 4, h/8, w/8) → about [-1, 1], not clamped, (n, 3, h, w).
 
-    def decode_raw(self, m: Tensor) -> Tensor:
+        ``tile`` latents a side decode at a time, for less memory at twice the work: see :mod:`ldm.autoencoder.tiling`.
+        """
+        return self.decode_raw(z * self._column(self.latent_std) + self._column(self.latent_mean), tile)
+
+    def decode_raw(self, m: Tensor, tile: int | None = None) -> Tensor:
         """Images from raw latents, as the posterior gives them: (n, 4, h/8, w/8) → (n, 3, h, w)."""
-        x = self.decoder(self.from_latents(m))
+        m = self.from_latents(m)
+        x = self.decoder(m) if tile is None else decode_tiled(self.decoder, self.decoder.first_growing, m, tile)
         return F.pixel_shuffle(x, self.stem) if self.stem > 1 else x
 
     def normalise(self, m: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def guided(
-    unet: Network, positive: Tensor, negative: Tensor | None, scale: float
+    unet: Network, positive: Tensor, negative: Tensor | None, scale: float, rescale: float = 0.0
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Prediction for the prompt, pushed away from the negative prompt: ε_neg + s (ε_pos - ε_neg) (eq. 6, s = 1 + w).
 
@@ -22,6 +22,8 @@ def guided(
         positive: context of the prompts, shape (n, m, d).
         negative: context of the negative prompts, same shape; None where s = 1.
         scale: s >= 0. At s = 1 the negative prompt has no effect, and one pass is made.
+        rescale: φ in [0, 1]: how far the guided prediction takes the standard deviation of the one for the prompt,
+            which guidance had raised (Lin et al., 2305.08891, §3.4).
 
     Returns:
         (z (n, ...), t (n,)) → prediction (n, ...).
@@ -32,6 +34,11 @@ def guided(
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
         prediction_neg, prediction_pos = unet(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
-        return prediction_neg + scale * (prediction_pos - prediction_neg)
+        prediction = prediction_neg + scale * (prediction_pos - prediction_neg)
+        if rescale > 0.0:
+            own, of_prompt = (y.flatten(1).std(dim=1) for y in (prediction, prediction_pos))
+            factor = rescale * (of_prompt / own) + (1.0 - rescale)
+            prediction = prediction * factor.reshape(-1, *[1] * (z.ndim - 1))
+        return prediction
 
     return predict

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ldm.data import FixedSet
-from ldm.pipeline import Samples
 from ldm.provenance import write_png
+from ldm.samples import Samples
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.diffusion import DiffusionTraining
 
@@ -67,7 +67,8 @@ class Pictures(pl.Callback):
         model = module.ema.average
         shown = model.decode_raw(model.posterior(x).mode()).clamp(-1.0, 1.0)  # type: ignore[operator]
         both = torch.cat([x, shown]).float().cpu()
-        return Samples(both, both, [], [], torch.zeros(len(both))).grid(columns=len(x))
+        none = torch.zeros(len(both), dtype=torch.bool)
+        return Samples(both, both, [], [], none, none).grid(columns=len(x))
 
 
 class GracefulStop(pl.Callback):

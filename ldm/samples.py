@@ -1,0 +1,74 @@
+"""What sampling returns: pictures, and all that made them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm import provenance
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures, prompt-major: image i has the i-th seed.
+
+    Attributes:
+        images: float32 (n, 3, h, w) in [-1, 1].
+        latents: what they were decoded from, scaled to unit variance, float32 (n, 4, h/8, w/8).
+        seeds: one an image.
+        prompts: one an image.
+        truncated: whether an image's prompt was cut to 77 tokens, bool (n,).
+        flagged: whether a safety checker flagged and blurred an image, bool (n,); all false where none was asked for.
+        settings: everything else that made them.
+    """
+
+    images: Tensor
+    latents: Tensor
+    seeds: list[int]
+    prompts: list[str]
+    truncated: Tensor
+    flagged: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def pil(self) -> list[Image.Image]:
+        """The pictures as PIL images, 8 bits."""
+        pixels = ((self.images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pixels]
+
+    def grid(self, columns: int | None = None, gap: int = 4) -> Image.Image:
+        """All pictures in one, row by row, on white."""
+        images = self.pil()
+        columns = columns or math.ceil(math.sqrt(len(images)))
+        width, height = images[0].size
+        rows = math.ceil(len(images) / columns)
+        sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+        for i, image in enumerate(images):
+            sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+        return sheet
+
+    def capsule(self, i: int) -> dict[str, Any]:
+        """What made image i: its prompt, seed and settings."""
+        own = {"negative_prompt": self.settings["negative_prompts"][i]}
+        rest = {name: value for name, value in self.settings.items() if name != "negative_prompts"}
+        return {"prompt": self.prompts[i], **own, "seed": self.seeds[i], **rest}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write 00000.png, … and grid.png (of several), each whole or not at all; returns their paths.
+
+        Each picture carries what made it in a text chunk.
+        """
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        paths = [root / f"{i:05d}.png" for i in range(len(self.images))]
+        for i, (path, image) in enumerate(zip(paths, self.pil(), strict=True)):
+            provenance.write_png(path, image, self.capsule(i))
+        if len(paths) > 1:
+            paths.append(root / "grid.png")
+            provenance.write_png(paths[-1], self.grid(), {"images": [self.capsule(i) for i in range(len(self.images))]})
+        return paths
