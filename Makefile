@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
 .venv: $(STAMP)  ## the virtual environment alone
 
 demo: $(STAMP)  ## sample the bundled model: outputs/demo/grid.png
+	rm -rf outputs/demo
 	$(PY) sample.py prompts_file=configs/prompts/demo.txt output=outputs/demo
 
 lint: $(STAMP)  ## ruff and mypy

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,10 +64,16 @@ grid=                   {grids}                  (the model's own)
 seed=0                  of the first picture; null draws one; [3,7] gives one each
 height= width=          multiples of 8                   (the model's own)
 eta=0                   ddim's η
-batch_size=16           pictures at a time
+guidance_interval=[200,800]  guidance between these timesteps alone      guidance_rescale=0
+init_image=FILE         start from a picture             strength=0.8   part of the steps that change it
+mask=FILE               with init_image: white is painted anew, black is kept
+resize=native           interpolate, refine: begin at the model's own size
+batch_size=16 tile=     pictures at a time; latents a side to decode at a time
+precision=              float32 bfloat16 float16 auto    (that of the weights)
+safety=                 nsfw blurs what Open NSFW flags  (off)
 weights=ema             ema or raw
-device=                 cpu, cuda
-output=DIR              (outputs/samples/DATE-TIME)
+device= devices=1       cpu, cuda; processes that share the work (torchrun does as well)
+output=DIR              (outputs/samples/DATE-TIME); a stopped run goes on with what is missing
 
   python sample.py "a red apple, noto style" num_images=4
   python sample.py prompts_file=prompts.txt output=pictures guidance_scale=4
@@ -77,6 +85,7 @@ ldm sample     draw pictures of prompts         ldm sample --help
 ldm evaluate   score a model or an autoencoder  ldm evaluate --help
 ldm pack       make shards of your own data     ldm pack --help
 ldm index      check a shard and index it       ldm index --help
+ldm convert    weights of others to ours        ldm convert --help
 """
 
 EVALUATE_HELP = """\
@@ -106,6 +115,22 @@ ldm index TAR [TAR ...]
 Checks WebDataset tars member by member and writes an index beside each.
 """
 
+CONVERT_HELP = """\
+ldm convert SOURCE OUT [key=value ...]
+
+Writes a checkpoint folder OUT, which must not exist, from Stable Diffusion 1.x or 2.x weights: a diffusers folder, a
+CompVis single file (.safetensors, or a pickle: .ckpt .pt .pth .bin), a hub id (owner/name), or the folder of an
+autoencoder or a CLIP text tower alone. A pickle is read by a closed list of names: nothing in it is run, and a name
+that no weights need is reported.
+
+half=false              true: float16, half the size
+prediction=             epsilon or v, where the source does not say: single files of SD 2.x
+weights=ema             ema: averaged weights where the source holds both; raw: the others
+
+  ldm convert v1-5-pruned.ckpt models/sd15 half=true
+  python sample.py "a red apple" model=models/sd15
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``ldm COMMAND …``; returns the exit code."""
@@ -116,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": evaluate,
         "pack": pack,
         "index": index,
+        "convert": convert,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(MAIN_HELP)
@@ -212,6 +238,10 @@ def _stamp() -> str:
 
 def sample(arguments: list[str]) -> None:
     """``ldm sample``."""
+    import torch
+
+    from ldm import precision, request
+    from ldm.batch import draw, ranks, shared
     from ldm.diffusion import GRIDS, SAMPLERS
     from ldm.loading import BUNDLED, load
 
@@ -222,9 +252,12 @@ def sample(arguments: list[str]) -> None:
     defaults = {
         "model": "emoji", "prompt": None, "prompts_file": None, "negative_prompt": "", "num_images": 1, "steps": 50,
         "guidance_scale": None, "sampler": "ddim", "grid": None, "seed": 0, "height": None, "width": None, "eta": 0.0,
-        "batch_size": 16, "weights": "ema", "device": None, "output": None,
+        "guidance_interval": None, "guidance_rescale": 0.0, "init_image": None, "strength": None, "mask": None,
+        "resize": "native", "batch_size": 16, "tile": None, "precision": None, "safety": None, "weights": "ema",
+        "device": None, "devices": 1, "output": None,
     }  # fmt: skip
-    texts = ("model", "prompt", "prompts_file", "negative_prompt", "output", "sampler", "grid", "weights", "device")
+    texts = ("model", "prompt", "prompts_file", "negative_prompt", "output", "sampler", "grid", "weights", "device",
+             "init_image", "mask", "resize", "precision", "safety")  # fmt: skip
     settings, prompts = parse(arguments, defaults, texts)
     if settings["prompt"] is not None:
         prompts.append(settings["prompt"])
@@ -232,32 +265,65 @@ def sample(arguments: list[str]) -> None:
         prompts += _lines(Path(settings["prompts_file"]))
     if not prompts:
         raise ValueError('no prompt came; give one: python sample.py "a red apple, noto style"')
+    if request.count("devices", settings["devices"]) > 1 and ranks()[1] == 1:
+        _launch(settings["devices"], arguments)
+        return
+    if ranks()[1] > 1 and settings["device"] is None and torch.cuda.is_available():
+        settings["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     model = load(settings["model"], settings["weights"], settings["device"])
-    output = Path(settings["output"] or f"outputs/samples/{_stamp()}")
-    keys = ("num_images", "steps", "guidance_scale", "sampler", "seed", "height", "width", "grid", "eta", "batch_size")
-    options = {key: settings[key] for key in keys}
+    if settings["precision"] is not None:
+        model.to(dtype=shared(precision.choose(settings["precision"], model.device, model.dtype)))
+    output = Path(shared(settings["output"] or f"outputs/samples/{_stamp()}"))
+    seed = shared(secrets.randbelow(2**31) if settings["seed"] is None else settings["seed"])
+    own = ("model", "prompt", "prompts_file", "weights", "device", "devices", "output", "precision", "seed")
+    given = ("negative_prompt", "num_images", "batch_size")
+    options = {key: value for key, value in settings.items() if key not in own + given}
 
     from tqdm import tqdm
 
-    start, taken = time.perf_counter(), []
-    with tqdm(desc="sampling", unit="step", disable=not sys.stderr.isatty()) as bar:
+    start = time.perf_counter()
+    quiet = ranks()[0] > 0 or not sys.stderr.isatty()
+    with tqdm(desc="sampling", unit="picture", disable=quiet, bar_format=_BAR) as bar:
 
-        def step(first: int, i: int, x0: Any) -> None:
-            if bar.total is None and isinstance(settings["steps"], int):
-                batches = -(-len(prompts) * settings["num_images"] // settings["batch_size"])
-                bar.total = batches * settings["steps"]
-            taken.append(time.perf_counter())
-            bar.update()
+        def progress(done: float) -> None:
+            bar.total = len(prompts) * settings["num_images"]
+            bar.n = done
+            bar.refresh()
 
-        out = model.sample(prompts, settings["negative_prompt"], callback=step, **options)
-    paths = out.save(output)
-    for i in out.truncated.nonzero()[:, 0].tolist():
-        sys.stderr.write(f"note: the prompt of picture {i} is longer than 77 tokens and was cut\n")
-    a_step = (taken[-1] - taken[0]) / max(1, len(taken) - 1)
-    sys.stdout.write(
-        f"{len(out.images)} pictures in {time.perf_counter() - start:.1f} s ({a_step:.3f} s a step), "
-        f"seeds {out.seeds[0]} to {out.seeds[-1]} → {paths[-1]}\n"
+        drawn = draw(model, prompts, output, seed=seed, progress=progress, options=options,
+                     **{key: settings[key] for key in given})  # fmt: skip
+    for note in drawn.notes:
+        sys.stderr.write(f"note: {note}\n")
+    if ranks()[0] == 0:
+        sys.stdout.write(_account(drawn, time.perf_counter() - start))
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} pictures [{elapsed}<{remaining}]"
+
+
+def _account(drawn: Any, seconds: float) -> str:
+    """What was drawn, how long it took, and where it is."""
+    there = len(drawn.paths) - drawn.fresh
+    where = drawn.paths[0].parent / "grid.png" if len(drawn.paths) > 1 else drawn.paths[0]
+    if not drawn.fresh:
+        return f"all {there} pictures were there → {where}\n"
+    said = drawn.settings
+    a_step = seconds / (drawn.fresh * said["steps"])
+    return (
+        f"{drawn.fresh} pictures in {seconds:.1f} s ({a_step:.3f} s a step and picture)"
+        f"{f', {there} were there' if there else ''}; {said['sampler']} on the grid {said['grid']}, "
+        f"{said['steps']} steps, guidance {said['guidance_scale']:g}, {said['precision']} → {where}\n"
     )
+
+
+def _launch(devices: int, arguments: Sequence[str]) -> None:
+    """The same command in several processes, which share its pictures."""
+    rest = [argument for argument in arguments if not argument.startswith("devices=")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
+               "-m", "ldm.cli", "sample", *rest]  # fmt: skip
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise ValueError(f"one of {devices} processes failed; what they said is above")
 
 
 def _lines(path: Path) -> list[str]:
@@ -320,6 +386,26 @@ def index(arguments: list[str]) -> None:
     for shard in arguments:
         built = build_index(Path(shard))
         sys.stdout.write(f"{shard}: {len(built['samples'])} samples\n")
+
+
+def convert(arguments: list[str]) -> None:
+    """``ldm convert``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(CONVERT_HELP)
+        return
+    defaults = {"half": False, "prediction": None, "weights": "ema"}
+    settings, bare = parse(arguments, defaults, ("prediction", "weights"))
+    if len(bare) != 2:
+        raise ValueError(f"{len(bare)} paths came; the rule is: ldm convert SOURCE OUT [half=true] [prediction=v]")
+    if not isinstance(settings["half"], bool):
+        raise ValueError(f"half={settings['half']}: the rule is true or false")
+    from ldm.convert import convert as convert_weights
+
+    contents = convert_weights(bare[0], bare[1], **settings)
+    sizes = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in contents.components.items()]
+    said = contents.settings
+    detail = f"; {said['schedule']['name']}, {said['prediction']}, {said['height']}×{said['width']}" if said else ""
+    sys.stdout.write(f"{bare[1]}: {', '.join(sizes)} parameters{detail}\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ train

@@ -32,13 +32,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     **{room: frozenset({*CORE, "provenance", "randomness"}) for room in ("request", "samples", "precision", "safety")},
     "pipeline": frozenset({*CORE, "convert", "provenance", "randomness"}),  # convert for export_diffusers alone
     "checkpoint": frozenset({*CORE, "provenance", "randomness"}),
+    "batch": frozenset({"pipeline", "samples", "request", "provenance"}),
     **{room: _MODEL for room in ("loading", "convert", "make_bundle")},
     "": _MODEL,
     "data": frozenset({"randomness"}),
     "evaluation": frozenset({"pipeline", "samples", "checkpoint", "loading", "data", "randomness"}),
     "training": _MODEL | {"data", "evaluation"},
     "experiments": _MODEL | {"", "data", "evaluation", "training"},
-    "cli": _MODEL | {"", "data", "evaluation", "training", "experiments"},
+    "cli": _MODEL | {"", "batch", "data", "evaluation", "training", "experiments"},
 }
 
 # An outside library → the rooms (or doors) that alone may import it.

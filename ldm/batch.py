@@ -1,0 +1,174 @@
+"""Many pictures into a folder: by one process or several, at once or in instalments.
+
+Picture i is the same however the work is split: its seed is seed + i, and nothing else of it hangs on its neighbours.
+A picture is there whole or not at all, so a run that was stopped goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from ldm import provenance, request
+from ldm.pipeline import LatentDiffusion
+from ldm.samples import Samples
+
+REQUEST = "request.json"
+IN_GRID = 64  # pictures at most in grid.png
+Progress = Callable[[float], None]  # pictures done, of all processes, in parts
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a call did.
+
+    Attributes:
+        paths: of all pictures of the request, in order.
+        fresh: how many of them this process drew now.
+        notes: lines about single pictures: cut prompts, flags of the safety checker.
+        settings: of a picture drawn now; empty if none was.
+    """
+
+    paths: list[Path]
+    fresh: int
+    notes: list[str]
+    settings: dict[str, Any]
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shared(value: Any) -> Any:
+    """The first process's value, in every process: what is drawn, measured or read from a clock must not differ."""
+    box = [value]
+    if ranks()[1] > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def draw(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    negative_prompt: str | Sequence[str] = "",
+    num_images: int = 1,
+    seed: int | Sequence[int] = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    options: dict[str, Any] | None = None,
+) -> Drawn:
+    """Draw what is missing of prompts × num_images pictures in a folder, this process's share of it.
+
+    Args:
+        model: what draws.
+        prompts: texts.
+        output: folder; made if it is not there.
+        negative_prompt: one for all, or one a prompt.
+        num_images: pictures a prompt.
+        seed: of the first picture, or one a picture.
+        batch_size: pictures at a time.
+        progress: called after every step.
+        options: what else :meth:`LatentDiffusion.sample` takes.
+
+    Raises:
+        ValueError: for an invalid request, and if the folder holds pictures of another.
+    """
+    options = options or {}
+    request.count("batch_size", batch_size)
+    texts, negatives = request.texts(prompts, negative_prompt, num_images)
+    seeds = request.seeds(seed, len(texts))
+    rank, world = ranks()
+    asked = {"prompts": texts, "negative_prompts": negatives, "seeds": seeds, "model": model.name}
+    asked |= {key: _plain(value) for key, value in options.items()}
+    paths = [output / f"{i:05d}.png" for i in range(len(texts))]
+    _claim(output, asked, paths, rank)
+    fresh, notes, settings = 0, [], {}
+    for chunk in _shares(len(texts), batch_size, rank, world):
+        missing = [i for i in chunk if not paths[i].exists()]
+        if not missing:
+            continue
+
+        def step(first: int, i: int, x0: Tensor, some: int = len(missing)) -> None:
+            if progress is not None:
+                done = sum(path.exists() for path in paths)
+                progress(done + some * (i + 1) / (options or {}).get("steps", 50))
+
+        own, against = [texts[i] for i in missing], [negatives[i] for i in missing]
+        out = model.sample(
+            own, against, seed=[seeds[i] for i in missing], batch_size=batch_size, callback=step, **options
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        _claim(output, asked, paths, rank, write=True)
+        for k, (i, image) in enumerate(zip(missing, out.pil(), strict=True)):
+            provenance.write_png(paths[i], image, out.capsule(k))
+        fresh, settings = fresh + len(missing), out.settings
+        notes += _notes(out, missing)
+    if world > 1:
+        dist.barrier()
+    if rank == 0 and len(paths) > 1:
+        _grid(paths[:IN_GRID], output / "grid.png")
+    return Drawn(paths, fresh, notes, settings)
+
+
+def _plain(value: Any) -> Any:
+    """What request.json keeps of an option."""
+    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+
+
+def _shares(n: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
+    """This process's batches of 0 … n - 1: every world-th one."""
+    for first in range(rank * batch_size, n, world * batch_size):
+        yield range(first, min(first + batch_size, n))
+
+
+def _claim(output: Path, asked: dict[str, Any], paths: Sequence[Path], rank: int, write: bool = False) -> None:
+    """The folder is this request's: refuse another's pictures, and write the request beside the first own one."""
+    there = output / REQUEST
+    if there.is_file():
+        try:
+            found = json.loads(there.read_text())
+        except json.JSONDecodeError:
+            found = {}
+        other = sorted(key for key in asked.keys() | found.keys() if asked.get(key) != found.get(key))
+        if other:
+            raise ValueError(
+                f"output={output} holds pictures of another request (other: {', '.join(other)}); name another folder"
+            )
+    elif any(path.exists() for path in paths):
+        raise ValueError(f"output={output} holds pictures, and no {REQUEST} says whose; name another folder")
+    elif write:
+        part = output / f".{REQUEST}.{rank}"
+        part.write_text(json.dumps(asked, ensure_ascii=False, indent=1))
+        os.replace(part, there)
+
+
+def _notes(out: Samples, numbers: Sequence[int]) -> list[str]:
+    cut = [f"the prompt of picture {numbers[i]} is longer than 77 tokens and was cut"
+           for i in out.truncated.nonzero()[:, 0].tolist()]  # fmt: skip
+    flagged = [f"picture {numbers[i]} was flagged by the safety checker and blurred"
+               for i in out.flagged.nonzero()[:, 0].tolist()]  # fmt: skip
+    return cut + flagged
+
+
+def _grid(paths: Sequence[Path], target: Path) -> None:
+    """All pictures in one file, made from theirs."""
+    images = [Image.open(path).convert("RGB") for path in paths]
+    x = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0 for image in images])
+    none = torch.zeros(len(x), dtype=torch.bool)
+    capsules = [provenance.read_png(path) for path in paths]
+    provenance.write_png(target, Samples(x, x, [], [], none, none).grid(), {"images": capsules})
