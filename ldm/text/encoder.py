@@ -39,11 +39,12 @@ class TextEncoder(nn.Module):
     """Text tower with its tokenizer.
 
     CLIP reads all 77 tokens, the padding being part of the text that it was trained with; its context is the last
-    hidden state after the final norm, as SD 1.x takes it. MiniLM reads a prompt's own tokens, and its context is
+    hidden state after the final norm, as SD 1.x takes it. SD 2.x takes OpenCLIP's last layer but one, then the final
+    norm: the same class with one layer less. MiniLM reads a prompt's own tokens, and its context is
     padded with zeros.
 
     Raises:
-        ValueError: for an unknown family.
+        ValueError: for an unknown family or activation.
     """
 
     def __init__(
@@ -54,11 +55,14 @@ class TextEncoder(nn.Module):
         num_layers: int = 12,
         num_heads: int = 12,
         vocab_size: int = 49408,
-        pad_token: int = 49407,  # id of the padding
+        pad_token: int = 49407,  # id of the padding; 0 in SD 2.x
+        activation: Literal["quick_gelu", "gelu"] = "quick_gelu",  # of CLIP's layers: OpenAI's, or OpenCLIP's
     ) -> None:
         super().__init__()
         if family not in ("clip", "minilm"):
             raise ValueError(f"text tower family={family!r} is unknown; choose clip or minilm")
+        if activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"text tower activation={activation!r} is unknown; choose quick_gelu or gelu")
         self.arguments: dict[str, Any] = {  # plain, for the manifest of a checkpoint; the tokenizer has its own file
             "family": family,
             "width": width,
@@ -66,6 +70,7 @@ class TextEncoder(nn.Module):
             "num_heads": num_heads,
             "vocab_size": vocab_size,
             "pad_token": pad_token,
+            "activation": activation,
         }
         self.family, self.width, self.pad_token, self.tokenizer_json = family, width, pad_token, tokenizer
         self.tokenizer = Tokenizer.from_str(tokenizer)
@@ -80,7 +85,9 @@ class TextEncoder(nn.Module):
         }
         self.tower: nn.Module
         if family == "clip":
-            self.tower = CLIPTextModel(CLIPTextConfig(**shape, max_position_embeddings=MAX_TOKENS))
+            tower = CLIPTextModel(CLIPTextConfig(**shape, max_position_embeddings=MAX_TOKENS, hidden_act=activation))
+            # Older releases of transformers hold the same tower one name deeper; on disk it has one set of names.
+            self.tower = getattr(tower, "text_model", tower)
         else:
             self.tower = BertModel(BertConfig(**shape), add_pooling_layer=False)
         self.eval().requires_grad_(False)

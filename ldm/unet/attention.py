@@ -73,28 +73,36 @@ class FeedForward(nn.Module):
 class Transformer(nn.Module):
     """One block over the latents as tokens: self-attention, cross-attention to the text, feed-forward.
 
-    Its last projection starts at zero, so that a fresh UNet is a plain convolutional one.
+    Its last projection starts at zero, so that a fresh UNet is a plain convolutional one. SD 1.x keeps its projections
+    as 1×1 convolutions, SD 2.x as linear maps: the same function, other shapes on disk.
     """
 
-    def __init__(self, channels: int, num_heads: int, context_dim: int) -> None:
+    def __init__(self, channels: int, num_heads: int, context_dim: int, linear_projections: bool = False) -> None:
         super().__init__()
+        self.linear_projections = linear_projections
         self.norm = nn.GroupNorm(NUM_GROUPS, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
         self.norm1 = nn.LayerNorm(channels)
         self.self_attention = Attention(channels, num_heads)
         self.norm2 = nn.LayerNorm(channels)
         self.cross_attention = Attention(channels, num_heads, context_dim)
         self.norm3 = nn.LayerNorm(channels)
         self.feed_forward = FeedForward(channels)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (n, c, h, w), context (n, m, d) → (n, c, h, w)."""
         height, width = x.shape[-2:]
-        y = rearrange(self.proj_in(self.norm(x)), "n c h w -> n (h w) c")
+        y = self.norm(x)
+        if self.linear_projections:
+            y = self.proj_in(rearrange(y, "n c h w -> n (h w) c"))
+        else:
+            y = rearrange(self.proj_in(y), "n c h w -> n (h w) c")
         y = y + self.self_attention(self.norm1(y))
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))
+        if self.linear_projections:
+            return x + rearrange(self.proj_out(y), "n (h w) c -> n c h w", h=height, w=width)
         return x + self.proj_out(rearrange(y, "n (h w) c -> n c h w", h=height, w=width))

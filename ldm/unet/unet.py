@@ -52,6 +52,7 @@ class UNet(nn.Module):
         in_channels: int = 4,  # latent channels; 9 for the inpainting UNet
         out_channels: int = 4,  # latent channels
         dropout: float = 0.0,  # in residual blocks
+        linear_projections: bool = False,  # around attention: linear maps, as in SD 2.x, for 1×1 convolutions
     ) -> None:
         super().__init__()
         heads = [num_heads] * len(widths) if isinstance(num_heads, int) else list(num_heads)
@@ -70,14 +71,18 @@ class UNet(nn.Module):
             "in_channels": in_channels,
             "out_channels": out_channels,
             "dropout": dropout,
+            "linear_projections": linear_projections,
         }
         self.in_channels, self.context_dim = in_channels, context_dim
         self.gradient_checkpointing = False
         self.time_dim, embedding_dim = widths[0], 4 * widths[0]
 
+        def attend(level: int) -> Transformer:
+            return Transformer(widths[level], heads[level], context_dim, linear_projections)
+
         def block(c_in: int, level: int, upsample: bool = False) -> Block:
             c = widths[level]
-            transformer = Transformer(c, heads[level], context_dim) if attention[level] else None
+            transformer = attend(level) if attention[level] else None
             return Block(ResBlock(c_in, c, embedding_dim, dropout), transformer, Upsample(c) if upsample else None)
 
         self.time_embedding = nn.Sequential(
@@ -96,7 +101,7 @@ class UNet(nn.Module):
         self.middle_blocks = nn.ModuleList(
             [
                 ResBlock(channels, channels, embedding_dim, dropout),
-                Transformer(channels, heads[-1], context_dim),
+                attend(-1),
                 ResBlock(channels, channels, embedding_dim, dropout),
             ]
         )
