@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm import precision as precisions
 from ldm import randomness, request
 from ldm.autoencoder import Autoencoder
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
@@ -20,11 +20,13 @@ from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
 from ldm.diffusion import Grid, Prediction, Schedule, guided, make_grid, to_x0
 from ldm.diffusion.prediction import check_prediction
+from ldm.precision import PRECISIONS, choose
 from ldm.request import Picture
 from ldm.safety import Checker, blur_flagged, make_checker
 from ldm.samples import Samples
 from ldm.text import TextEncoder
 from ldm.unet import UNet
+from ldm.winograd import accelerated
 
 Callback = Callable[[int, int, Tensor], None]
 # resize="refine": the part of the steps that is taken anew at the target size.
@@ -114,6 +116,8 @@ class LatentDiffusion:
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
         self.schedule, self.prediction, self.name, self.offload = schedule, prediction, name, offload
         self.defaults = Defaults() if defaults is None else defaults
+        self.precision = ""  # a key of PRECISIONS where it is not that of the weights
+        self._twin: tuple[Any, LatentDiffusion] | None = None
         self.null_context = text_encoder([""])[0] if null_context is None else null_context
 
     @property
@@ -196,8 +200,8 @@ class LatentDiffusion:
                 takes the last steps at the target.
             batch_size: images at a time; changes speed and memory alone.
             tile: latents a side that the autoencoder decodes at a time, for less memory; None decodes in one piece.
-            precision: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, which measures the device and takes
-                the fastest that is exact enough; None keeps that of the weights.
+            precision: a key of :data:`ldm.precision.PRECISIONS`, or ``"auto"``, which takes the fastest on this device
+                that is exact enough; None keeps that of the weights.
             safety: ``"nsfw"``, or a function from images (n, 3, h, w) to flags (n,); flagged images are blurred.
             callback: called as (images done before, step, estimate of the clean latents (b, 4, h, w)).
 
@@ -248,7 +252,7 @@ class LatentDiffusion:
             "height": size[0],
             "width": size[1],
             "model": self.name,
-            "precision": str(self.dtype).removeprefix("torch."),
+            "precision": self.precision or str(self.dtype).removeprefix("torch."),
             # Only what was asked for, so that a plain picture has a short capsule.
             **({"guidance_interval": list(interval)} if guidance_interval is not None else {}),
             **({"guidance_rescale": rescale} if rescale else {}),
@@ -359,11 +363,13 @@ class LatentDiffusion:
 
     @staticmethod
     def _begin(noise: Tensor, edit: _Edit | None, times: Grid, first: int) -> Tensor:
-        """Pure noise, or an image with the noise of the first time; a mask at full strength begins from pure noise."""
-        masked = edit is not None and (edit.mask is not None or edit.channels is not None)
-        if edit is None or (masked and first == 0):
+        """Pure noise, or an image with the noise of the first time; full strength begins from noise under a mask."""
+        if edit is None:
             return noise
-        return times.alpha[first] * edit.z + times.sigma[first] * noise
+        z = times.alpha[first] * edit.z + times.sigma[first] * noise
+        if first > 0 or (edit.mask is None and edit.channels is None):
+            return z
+        return noise if edit.mask is None else torch.where(edit.mask > 0, noise, z)
 
     # ------------------------------------------------------------------------------------------- from noise to latents
 
@@ -455,10 +461,16 @@ class LatentDiffusion:
             module.to("cpu")
 
     def _in(self, precision: str) -> LatentDiffusion:
-        """This model in another precision: its UNet and autoencoder copied, the rest shared."""
-        dtype = precisions.choose(precision, self.device, self.dtype)
-        twin = copy.copy(self)
-        if dtype != self.dtype:
-            twin.unet = copy.deepcopy(self.unet).to(dtype)
-            twin.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
-        return twin
+        """This model in another precision. It is kept for the next call, until the weights change."""
+        precision = choose(precision, self.device)
+        weights = [*self.unet.parameters(), *self.autoencoder.parameters()]
+        key = (precision, [(weight.data_ptr(), weight._version) for weight in weights])
+        if self._twin is None or self._twin[0] != key:
+            twin, dtype = copy.copy(self), PRECISIONS[precision]
+            if dtype != self.dtype:
+                twin.unet, twin.autoencoder = (copy.deepcopy(m).to(dtype) for m in (self.unet, self.autoencoder))
+            if precision == "float32_winograd":
+                twin.unet, twin.autoencoder = accelerated(twin.unet), accelerated(twin.autoencoder)
+            twin.precision, twin._twin = precision, None
+            self._twin = (key, twin)
+        return self._twin[1]

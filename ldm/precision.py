@@ -1,4 +1,4 @@
-"""Number formats: which there are, and which is the fastest that is exact enough on a device."""
+"""Number formats and convolutions to sample with: which there are, and which are the fastest that are exact enough."""
 
 from __future__ import annotations
 
@@ -6,26 +6,34 @@ import time
 
 import torch
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {
+    "float32": torch.float32,
+    "float32_winograd": torch.float32,  # the same numbers to 1e-5, by fewer products: see ldm.winograd
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
-def choose(name: str, device: torch.device, own: torch.dtype) -> torch.dtype:
-    """The type of a name; ``"auto"`` measures.
+def choose(name: str, device: torch.device) -> str:
+    """A key of :data:`PRECISIONS`; ``"auto"`` measures.
 
     On a GPU, auto is bfloat16 where the GPU computes in it, else float16. On a CPU it is bfloat16 if a matrix product
-    is faster in it by a fifth, else float32: processors that have the instructions differ by a factor of four in what
-    they bring, so their names do not tell. float16 is slow on CPUs and never chosen there.
+    is at least twice as fast in it, else float32 with Winograd's convolutions: processors that have bfloat16
+    instructions differ by a factor of four in what they bring, so their names do not tell. float16 is slow on CPUs and
+    never chosen there.
 
     Raises:
-        ValueError: for an unknown name, or float16 on a CPU.
+        ValueError: for an unknown name, or one that does not fit the device.
     """
     if name == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        return "bfloat16" if 2.0 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32_winograd"
     if name not in PRECISIONS:
         raise ValueError(f"precision={name!r} is unknown; choose one of auto, {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    if name == "float32_winograd" and device.type != "cpu":
+        raise ValueError(f"precision={name} is for CPUs; on {device.type} choose bfloat16 or float16")
+    return name
 
 
 def seconds(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:

@@ -287,7 +287,16 @@ def test_another_precision_gives_nearly_the_same_picture_and_is_said(model: Late
     assert model.dtype == torch.float32
     error = ((half.latents - own.latents).norm() / own.latents.norm()).item()
     assert 0.0 < error < 0.05  # bfloat16 keeps 8 bits: 0.4 % an operation; measured 0.013 after three steps
-    assert model.sample("a", steps=1, precision="auto").settings["precision"] in ("float32", "bfloat16")
+    chosen = model.sample("a", steps=1, precision="auto").settings["precision"]
+    assert chosen in ("float32_winograd", "bfloat16")
+
+
+def test_another_precision_follows_weights_that_change(model: LatentDiffusion) -> None:
+    first = model.sample("a red square", steps=1, precision="bfloat16").latents
+    assert torch.equal(model.sample("a red square", steps=1, precision="bfloat16").latents, first)
+    with torch.no_grad():
+        model.unet.conv_out.bias.add_(0.5)
+    assert not torch.allclose(model.sample("a red square", steps=1, precision="bfloat16").latents, first, atol=0.1)
 
 
 def test_a_safety_checker_blurs_what_it_flags_and_is_off_unless_asked_for(model: LatentDiffusion) -> None:

@@ -1,0 +1,158 @@
+"""Seconds of a guidance step and of decoding at the size of SD 1.5, ours and diffusers', interleaved in one process.
+
+    python -m tests.benchmarks.speed [32] [64] [decode] [emoji]     writes docs/speed.md; about 15 minutes, 12 GB
+
+Both have random weights of the same shapes: the time of a dense network does not hang on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ldm
+from ldm.autoencoder import Autoencoder
+from ldm.evaluation.report import table
+from ldm.unet import UNet
+from ldm.winograd import accelerated
+from tests.benchmarks.common import fill, gemm_peak, interleaved, machine, write
+
+REPEATS = 5
+PEER = "diffusers float32 (its default)"
+
+
+def _empty(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        module = make()
+    return fill(module.to_empty(device="cpu"))
+
+
+def _peer_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+
+
+def _peer_vae() -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    widths = (128, 256, 512, 512)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+
+
+def _channels_last(module: nn.Module) -> nn.Module:
+    return module.to(memory_format=torch.channels_last)
+
+
+def flops(run: Callable[[], object]) -> float:
+    """Floating-point operations of a call, as torch counts its products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def rows(variants: dict[str, Callable[[], object]], peaks: dict[str, float]) -> list[list[object]]:
+    """Median seconds, ratio to diffusers' default, FLOP a second and its share of the peak, a row a variant."""
+    seconds = interleaved(variants, REPEATS)
+    work = flops(variants[PEER])
+    result: list[list[object]] = []
+    for name, each in seconds.items():
+        peak = peaks["bfloat16" if "bfloat16" in name else "float32"]
+        share = work / each / peak
+        result.append([name, f"{each:.2f}", f"{seconds[PEER] / each:.2f}", f"{work / each / 1e9:.0f}", f"{share:.0%}"])
+    return result
+
+
+def steps(size: int, peaks: dict[str, float]) -> list[list[object]]:
+    """A guidance step (two passes in a batch) at size × size latents."""
+    z, t, context = torch.randn(2, 4, size, size), torch.tensor([500.0, 500.0]), torch.randn(2, 77, 768)
+    z16, context16 = z.bfloat16(), context.bfloat16()
+    ours, peer = _empty(UNet), _empty(_peer_unet)
+    fast = accelerated(ours)
+    ours16, peer16 = (copy.deepcopy(module).bfloat16() for module in (ours, peer))
+    return rows(
+        {
+            PEER: lambda: peer(z, t, context),
+            "diffusers bfloat16": lambda: peer16(z16, t, context16),
+            "ours float32 (default)": lambda: ours(z, t, context),
+            "ours float32_winograd": lambda: fast(z, t, context),
+            "ours bfloat16": lambda: ours16(z16, t, context16),
+        },
+        peaks,
+    )
+
+
+def decoding(peaks: dict[str, float]) -> list[list[object]]:
+    """Decoding 64×64 latents to 512×512 pixels."""
+    z = torch.randn(1, 4, 64, 64)
+    ours, peer = _empty(Autoencoder), _empty(_peer_vae)
+    ours.latent_std.fill_(1.0)
+    ours.latent_mean.zero_()
+    fast = accelerated(ours)
+    ours16, peer16 = (copy.deepcopy(module).bfloat16() for module in (ours, peer))
+    return rows(
+        {
+            PEER: lambda: peer.decode(z),
+            "diffusers bfloat16": lambda: peer16.decode(z.bfloat16()),
+            "ours float32 (default)": lambda: ours.decode(z),
+            "ours float32_winograd": lambda: fast.decode(z),
+            "ours bfloat16": lambda: ours16.decode(z.bfloat16()),
+        },
+        peaks,
+    )
+
+
+def emoji() -> list[list[object]]:
+    """The bundled model, loaded: a prompt to a PNG on the disk."""
+    model = ldm.load("emoji", device="cpu")
+    with TemporaryDirectory() as folder:
+
+        def run(**options: object) -> Callable[[], object]:
+            return lambda: model.sample("a red apple, noto style", **options).save(Path(folder))  # type: ignore[arg-type]
+
+        seconds = interleaved(
+            {
+                "50 DDIM steps (default)": run(),
+                "50 DDIM steps, precision=auto": run(precision="auto"),
+                "sampler=auto": run(sampler="auto"),
+                "sampler=auto, precision=auto": run(sampler="auto", precision="auto"),
+            },
+            REPEATS,
+        )
+    return [[name, f"{each:.2f}"] for name, each in seconds.items()]
+
+
+@torch.inference_mode()
+def main(parts: list[str]) -> None:
+    """Measure the parts that are named, all of them by default, and write their tables."""
+    parts = parts or ["32", "64", "decode", "emoji"]
+    peaks = {name: gemm_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    where = f"{machine()}; matrix product of 2048²: float32 {peaks['float32'] / 1e9:.0f} GFLOP/s, bfloat16 " + (
+        f"{peaks['bfloat16'] / 1e9:.0f}. Medians of {REPEATS}, interleaved."
+    )
+    heads = ["", "seconds", "× diffusers float32", "GFLOP/s", "of the peak"]
+    for part in parts:
+        if part == "emoji":
+            content = table(["bundled model, one picture", "seconds"], emoji())
+        else:
+            content = table(heads, decoding(peaks) if part == "decode" else steps(int(part), peaks))
+        sys.stdout.write(f"{part}: {where}\n\n{content}\n")
+        sys.stdout.flush()
+        write("speed.md", part, [where, "", content])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
