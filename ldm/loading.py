@@ -10,6 +10,7 @@ import torch
 
 from ldm import checkpoint
 from ldm.autoencoder import Autoencoder
+from ldm.checkpoint import Contents
 from ldm.diffusion import Schedule
 from ldm.pipeline import Defaults, LatentDiffusion
 from ldm.text import TextEncoder
@@ -19,7 +20,9 @@ BUNDLED = ("emoji",)
 
 
 def find(source: str | Path) -> Path:
-    """The checkpoint folder of a bundled name, a run folder (its newest good one) or a checkpoint folder.
+    """The checkpoint folder of a bundled name, a run folder (its newest good one), or whatever is at a path.
+
+    A name like ``owner/name`` that is no path is asked for at the hub.
 
     Raises:
         FileNotFoundError: if there is nothing.
@@ -30,10 +33,35 @@ def find(source: str | Path) -> Path:
     if (path / "checkpoints").is_dir():
         return checkpoint.newest(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"no model at {source}: give a bundled name ({', '.join(BUNDLED)}), a run folder or a checkpoint folder"
-        )
+        from ldm.convert import fetch
+
+        fetched = fetch(str(source))
+        if fetched is None:
+            raise FileNotFoundError(
+                f"no model at {source}: give a bundled name ({', '.join(BUNDLED)}), a run folder, a checkpoint folder, "
+                "a diffusers folder, a .safetensors or a hub id"
+            )
+        return fetched
     return path
+
+
+def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None = None) -> tuple[Contents, str]:
+    """What a source holds, ours or of others, and 16 hexadecimal digits that tell its weights from any others.
+
+    Args:
+        source: as for :func:`load`.
+        weights: ``"ema"`` or ``"raw"``.
+        only: names of components; None takes all.
+    """
+    path = find(source)
+    if not (path / checkpoint.MANIFEST).is_file():
+        from ldm import convert  # the ways of other formats are learnt only where one is met
+
+        if convert.is_foreign(path):
+            contents, files = convert.read(path, weights, only)
+            return contents, "" if only else convert.fingerprint(files)
+    contents = checkpoint.load(path, weights, only)
+    return contents, hashlib.sha256((path / checkpoint.MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def load(source: str | Path, weights: str = "ema", device: str | torch.device | None = None) -> LatentDiffusion:
@@ -42,16 +70,16 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
     Weights keep their own precision, but half precision on a CPU becomes float32, which is faster and exacter there.
 
     Args:
-        source: bundled name, run folder (its newest verified checkpoint) or checkpoint folder.
+        source: bundled name, run folder (its newest verified checkpoint), checkpoint folder; or of others: a diffusers
+            folder, a CompVis single file (``.safetensors``), a hub id (``owner/name``). Pickles: ``ldm convert``.
         weights: ``"ema"`` or ``"raw"``.
         device: None takes a GPU if there is one.
 
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
-        ValueError: if it is damaged, or holds no whole model.
+        ValueError: if it is damaged, of another family, or holds no whole model.
     """
-    folder = find(source)
-    contents = checkpoint.load(folder, weights)
+    contents, name = read(source, weights)
     parts = contents.components
     if "unet" not in parts:
         raise ValueError(f"{source} holds {', '.join(parts)} but no UNet; for an autoencoder use ldm.load_autoencoder")
@@ -64,6 +92,8 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
     dtype = next(unet.parameters()).dtype
     if device.type == "cpu" and dtype == torch.float16:
         dtype = torch.float32
+    for module in (unet, autoencoder, text_encoder):
+        module.to(device, dtype)  # before the empty prompt of a model of others is encoded, in the type of use
     model = LatentDiffusion(
         unet,
         autoencoder,
@@ -71,8 +101,8 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
         Schedule(**settings["schedule"]),
         settings["prediction"],
         Defaults(settings["grid"], settings["guidance_scale"], settings["height"], settings["width"]),
-        contents.tensors["null_context"],
-        name=hashlib.sha256((folder / checkpoint.MANIFEST).read_bytes()).hexdigest()[:16],
+        contents.tensors.get("null_context"),
+        name=name,
     )
     return model.to(device, dtype)
 
@@ -88,16 +118,16 @@ def _device(name: str | torch.device | None) -> torch.device:
 
 
 def load_autoencoder(source: str | Path, weights: str = "ema") -> Autoencoder:
-    """The autoencoder of a bundled model, a run folder of either stage, or a checkpoint folder; float32, on the CPU."""
-    part = checkpoint.load(find(source), weights, only=("autoencoder",)).components.get("autoencoder")
+    """The autoencoder of what :func:`load` takes, of a stage-one run, or alone in a folder or file; on the CPU."""
+    part = read(source, weights, only=("autoencoder",))[0].components.get("autoencoder")
     if not isinstance(part, Autoencoder):
         raise ValueError(f"{source} holds no autoencoder; give the run folder of a stage-one training")
     return part.float()
 
 
 def load_text_encoder(source: str | Path) -> TextEncoder:
-    """The text tower of a bundled model or checkpoint; float32, on the CPU."""
-    part = checkpoint.load(find(source), only=("text_encoder",)).components.get("text_encoder")
+    """The text tower of whatever :func:`load` takes, or alone in a folder of transformers; float32, on the CPU."""
+    part = read(source, only=("text_encoder",))[0].components.get("text_encoder")
     if not isinstance(part, TextEncoder):
         raise ValueError(f"{source} holds no text tower")
     return part.float()

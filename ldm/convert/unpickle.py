@@ -1,0 +1,219 @@
+"""Reading a pickle of ``torch.save`` without running what is in it.
+
+A pickle is a program: it names functions and calls them. Here a name means something only if it is in a closed list,
+and what it means then is ours: tensors become notes of where their numbers lie in the file, objects of Lightning and
+NumPy become empty stand-ins. Any other name ends the reading and is named. torch.load is not used: an environment
+variable turns its safe mode off, and that mode refuses the stand-ins which checkpoints of CompVis need.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ldm.convert.tensors import Shape, Source, is_pickle
+
+_TYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+# Found in honest checkpoints beside the weights. What they name is never imported: it becomes an empty object.
+_STAND_INS = {
+    *(("torch", name.rpartition(".")[2]) for name in map(str, {*_TYPES.values(), torch.complex64})),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("_codecs", "encode"),
+    ("collections", "defaultdict"),
+    ("collections", "Counter"),
+    ("argparse", "Namespace"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("typing", "Any"),
+    *(("builtins", name) for name in ("set", "frozenset", "complex", "bytearray", "dict", "list", "tuple", "int",
+      "float", "bool", "str", "object", "slice", "range")),
+    ("copyreg", "_reconstructor"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(("numpy", name) for name in ("dtype", "ndarray", "float32", "float64", "int64", "bool_")),
+}  # fmt: skip
+_STAND_IN_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's, before it wrote zip files
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Lazy:
+    """A tensor that has not been read: a view of a storage."""
+
+    storage: _Storage
+    offset: int
+    shape: Shape
+    stride: Shape
+
+
+def _lazy(storage: Any, offset: Any, shape: Any, stride: Any) -> _Lazy:
+    whole = [offset, *shape, *stride]
+    if not isinstance(storage, _Storage) or any(not isinstance(number, int) or number < 0 for number in whole):
+        raise ValueError("a tensor in it is described by something else than whole numbers")
+    reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
+    if all(shape) and reach > storage.count:
+        raise ValueError("a tensor in it reaches beyond its storage")
+    return _Lazy(storage, offset, tuple(shape), tuple(stride))
+
+
+class _Reader(pickle.Unpickler):
+    """An unpickler that knows a closed list of names."""
+
+    def __init__(self, file: IO[bytes], label: str) -> None:
+        super().__init__(file, encoding="latin1")
+        self.label = label
+        self.storages: dict[str, _Storage] = {}
+
+        class StandIn(dict[Any, Any]):
+            """Takes whatever a pickle does to an object, and keeps none of it. A class of its own for each reading."""
+
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__()
+
+            def __hash__(self) -> int:  # type: ignore[override]
+                return id(self)
+
+            def __setstate__(self, state: Any) -> None: ...
+
+            def __setitem__(self, key: Any, value: Any) -> None: ...
+
+            def append(self, value: Any) -> None: ...
+
+            def extend(self, values: Any) -> None: ...
+
+            def add(self, value: Any) -> None: ...
+
+        def rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _Lazy:
+            return _lazy(storage, offset, shape, stride)
+
+        def parameter(data: Any, *rest: Any) -> Any:
+            return data
+
+        self.stand_in = StandIn
+        self.known: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor"): rebuild,
+            ("torch._utils", "_rebuild_tensor_v2"): rebuild,
+            ("torch._utils", "_rebuild_parameter"): parameter,
+            **{("torch", name): dtype for name, dtype in _TYPES.items()},
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        # Files of torch.save write some names as Python 2 knew them.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        if (module, name) in self.known:
+            return self.known[module, name]
+        if (module, name) in _STAND_INS or module.startswith(_STAND_IN_PACKAGES):
+            return self.stand_in
+        raise ValueError(
+            f"{self.label} is refused: its pickle asks for {module}.{name}, which no weights need, and which could run "
+            "code; nothing was run"
+        )
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", torch.dtype() as dtype, key, _, int(count), *_):
+                return self.storages.setdefault(str(key), _Storage(str(key), dtype, count))
+        raise ValueError(f"{self.label} is refused: it refers to {str(pid)[:80]!r}, which is no storage of torch")
+
+
+def open_pickle(path: Path) -> Source:
+    """The tensors of a file of ``torch.save``, zipped or of before torch 1.6, none of them read yet.
+
+    Where the file holds a ``state_dict`` beside other things, as CompVis' checkpoints do, its tensors are taken.
+
+    Raises:
+        ValueError: if it is no pickle, is damaged, or asks for anything but tensors; what it asks for is named.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not is_pickle(head):
+        raise ValueError(f"{path} is no file of torch.save by its first bytes; safetensors files end in .safetensors")
+    try:
+        value, read = (_open_zip if head.startswith(b"PK") else _open_legacy)(path)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, IndexError, TypeError, AttributeError,
+            OverflowError, MemoryError, UnicodeDecodeError, OSError) as error:  # fmt: skip
+        raise ValueError(f"{path} is damaged or cut short ({type(error).__name__}: {error}); fetch it again") from error
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    found = value.items() if isinstance(value, dict) else ()
+    tensors = {name: tensor for name, tensor in found if isinstance(tensor, _Lazy)}
+    if not tensors or any(not isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path} holds no tensors by name; give a checkpoint with a state_dict")
+
+    def tensor(name: str) -> Tensor:
+        lazy = tensors[name]
+        data = read(lazy.storage.key)
+        if len(data) != lazy.storage.count * lazy.storage.dtype.itemsize:
+            raise ValueError(f"{path}: {name} has {len(data)} bytes for {lazy.storage.count} numbers; it is damaged")
+        if not data:
+            return torch.empty(lazy.shape, dtype=lazy.storage.dtype)
+        flat = torch.frombuffer(data, dtype=lazy.storage.dtype)
+        return flat.as_strided(lazy.shape, lazy.stride, lazy.offset).contiguous()
+
+    return Source(str(path), {name: lazy.shape for name, lazy in tensors.items()}, tensor, (path,))
+
+
+def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
+    archive = zipfile.ZipFile(path)
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"{path} is a zip file, but none of torch.save: it holds {len(pickles)} data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError(f"{path} was written on a machine of the other byte order; save it again on this kind")
+    with archive.open(pickles[0]) as file:
+        value = _Reader(file, str(path)).load()
+    return value, lambda key: bytearray(archive.read(f"{root}data/{key}"))
+
+
+def _open_legacy(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
+    """Four pickles (magic number, version, machine, the object), the keys of the storages, and these one by one."""
+    places: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        if _Reader(file, str(path)).load() != _LEGACY_MAGIC:
+            raise ValueError(f"{path} is a pickle, but none of torch.save")
+        for _ in ("version", "machine"):
+            _Reader(file, str(path)).load()
+        reader = _Reader(file, str(path))
+        value = reader.load()
+        for key in map(str, _Reader(file, str(path)).load()):
+            size = int.from_bytes(file.read(8), "little") * reader.storages[key].dtype.itemsize
+            places[key] = (file.tell(), size)
+            file.seek(size, 1)
+
+    def read(key: str) -> bytearray:
+        place, size = places[key]
+        with path.open("rb") as file:
+            file.seek(place)
+            return bytearray(file.read(size))
+
+    return value, read
