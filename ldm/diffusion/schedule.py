@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+LOG_SNR_CUT = -40.0  # stands for no image at all: α = 2e-9, below what float32 latents hold
 
 
 class Schedule:
@@ -19,6 +22,10 @@ class Schedule:
     Times run from 0 (the first noised step) to num_steps - 1; -1 is the clean image, ᾱ = 1. Between whole steps the
     log-SNR is interpolated linearly.
 
+    As they are, the schedules leave some image at the last step (ᾱ = 4e-5 under ``linear``, 5e-3 under SD's), while
+    sampling begins at pure noise. ``zero_terminal`` shifts and scales √ᾱ so that the last is 0 and the first stays
+    (Lin et al., 2305.08891, algorithm 1). A network that predicts ε then says nothing of the image at the last step.
+
     Raises:
         ValueError: for an unknown name or β outside 0 < β_start <= β_end < 1.
     """
@@ -29,27 +36,34 @@ class Schedule:
         num_steps: int = 1000,
         beta_start: float = 1e-4,  # β of the first step
         beta_end: float = 0.02,  # β of the last step
+        zero_terminal: bool = False,  # no image left at the last step; for v and x0 alone
     ) -> None:
         if name not in ("linear", "scaled_linear"):
             raise ValueError(f"schedule {name!r} is unknown; choose linear or scaled_linear")
-        if not (0.0 < beta_start <= beta_end < 1.0 and num_steps >= 1):
+        if not (0.0 < beta_start <= beta_end < 1.0 and num_steps >= 1 + zero_terminal):
             raise ValueError(
                 f"beta_start={beta_start}, beta_end={beta_end}, num_steps={num_steps}: "
-                "the rule is 0 < beta_start <= beta_end < 1 and at least one step"
+                "the rule is 0 < beta_start <= beta_end < 1 and at least one step, or two with zero_terminal"
             )
         self.arguments: dict[str, Any] = {
             "name": name,
             "num_steps": num_steps,
             "beta_start": beta_start,
             "beta_end": beta_end,
+            "zero_terminal": zero_terminal,
         }
-        self.num_steps = num_steps
+        self.num_steps, self.zero_terminal = num_steps, zero_terminal
         if name == "linear":
             beta = np.linspace(beta_start, beta_end, num_steps)
         else:
             beta = np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
-        self.alpha_bar = torch.from_numpy(np.cumprod(1.0 - beta))
-        self._log_snr = np.log(self.alpha_bar.numpy()) - np.log1p(-self.alpha_bar.numpy())
+        alpha_bar = np.cumprod(1.0 - beta)
+        if zero_terminal:
+            alpha = np.sqrt(alpha_bar)
+            alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        self.alpha_bar = torch.from_numpy(alpha_bar)
+        # Where no image is left, the log-SNR is cut, so that times short of the last step have one.
+        self._log_snr = np.log(np.maximum(alpha_bar, math.exp(LOG_SNR_CUT))) - np.log1p(-alpha_bar)
 
     def alpha_bar_at(self, t: Tensor | float) -> Tensor:
         """ᾱ at real times in [-1, num_steps - 1], float64, the shape of t."""
@@ -75,6 +89,10 @@ class Schedule:
         """log ᾱ_t / (1 - ᾱ_t), float64, the shape of t; infinite at -1."""
         alpha_bar = self.alpha_bar_at(t)
         return alpha_bar.log() - torch.log1p(-alpha_bar)
+
+    def time(self, log_snr: np.ndarray) -> np.ndarray:
+        """The real times in [0, num_steps - 1] of log-SNRs, the inverse of :meth:`log_snr`; beyond it the nearest."""
+        return np.interp(log_snr, self._log_snr[::-1], np.arange(self.num_steps, dtype=np.float64)[::-1])
 
     def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """z_t = √ᾱ_t z_0 + √(1 - ᾱ_t) ε (DDPM, eq. 4).
