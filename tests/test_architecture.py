@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     **{room: _MODEL for room in ("loading", "convert", "make_bundle")},
     "": _MODEL,
     "data": frozenset({"randomness"}),
-    "evaluation": frozenset({"pipeline", "samples", "checkpoint", "loading", "data", "randomness"}),
+    "evaluation": frozenset({"diffusion", "pipeline", "samples", "checkpoint", "loading", "data", "randomness"}),
     "training": _MODEL | {"data", "evaluation"},
     "experiments": _MODEL | {"", "data", "evaluation", "training"},
     "cli": _MODEL | {"", "batch", "data", "evaluation", "training", "experiments"},

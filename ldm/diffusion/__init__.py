@@ -4,7 +4,7 @@ from ldm.diffusion.grids import GRIDS, Grid, make_grid
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.loss import min_snr_weight, per_sample_error
 from ldm.diffusion.prediction import PREDICTIONS, Prediction, target, to_eps, to_x0
-from ldm.diffusion.samplers import SAMPLERS, Sampler
+from ldm.diffusion.samplers import SAMPLERS, Sampler, choose, evaluations
 from ldm.diffusion.schedule import Schedule
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "Prediction",
     "Sampler",
     "Schedule",
+    "choose",
+    "evaluations",
     "guided",
     "make_grid",
     "min_snr_weight",
