@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import pickle
+import random
 import resource
 import shutil
 import sys
@@ -628,6 +629,38 @@ def test_a_damaged_or_lying_pickle_is_one_line(tmp_path: Path) -> None:
     path.write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"no file of torch\.save"):
         open_pickle(path)
+
+
+def test_a_pickle_that_asks_for_gigabytes_gets_none(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    length, number = (2**40).to_bytes(8, "little"), (2**31 - 1).to_bytes(4, "little")
+    for asking in (b"\x80\x05\x96" + length + b".", b"\x80\x02K\x01r" + number + b"."):
+        path.write_bytes(asking)
+        with pytest.raises(ValueError, match="is damaged or cut short"):
+            open_pickle(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_changed_bytes_is_read_or_refused_in_one_way(tmp_path: Path, zipped: bool) -> None:
+    path, draw = tmp_path / "model.ckpt", random.Random(0)
+    torch.save({"state_dict": {"a": torch.rand(4, 3), "b": torch.rand(2).half()}}, path,
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    whole = path.read_bytes()
+    start = whole.index(b"\x80\x02")  # of the pickle in the zip file
+    outcomes = set()
+    for _ in range(300):
+        changed = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            changed[draw.randrange(start, start + 400)] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            source = open_pickle(path)
+            for name in source.shapes:
+                source.read(name)
+            outcomes.add("read")
+        except ValueError:  # any other error fails the test
+            outcomes.add("refused")
+    assert "refused" in outcomes
 
 
 def test_views_of_one_storage_are_read_as_they_were(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ variable turns its safe mode off, and that mode refuses the stand-ins which chec
 from __future__ import annotations
 
 import _compat_pickle
+import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -53,6 +55,8 @@ _STAND_INS = {
     *(("numpy", name) for name in ("dtype", "ndarray", "float32", "float64", "int64", "bool_")),
 }  # fmt: skip
 _STAND_IN_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
+_OPCODES_REFUSED = ("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4")  # torch.save writes none
+_MEMO_LIMIT = 2**24  # a real checkpoint numbers some hundred thousand objects
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's, before it wrote zip files
 
 
@@ -81,6 +85,22 @@ def _lazy(storage: Any, offset: Any, shape: Any, stride: Any) -> _Lazy:
     if all(shape) and reach > storage.count:
         raise ValueError("a tensor in it reaches beyond its storage")
     return _Lazy(storage, offset, tuple(shape), tuple(stride))
+
+
+def _unpickle(file: IO[bytes], label: str) -> tuple[Any, dict[str, _Storage]]:
+    """The object of one pickle and the storages it refers to; the file is left behind it."""
+    start = file.tell()
+    try:
+        # A few bytes may ask for gigabytes, by a length or an object's number: looked at before anything is made.
+        for opcode, argument, _ in pickletools.genops(file):
+            odd = "PUT" in opcode.name and int(argument) > _MEMO_LIMIT
+            if odd or opcode.name in _OPCODES_REFUSED:
+                raise ValueError(f"{opcode.name} {argument!r}"[:80])
+    except ValueError as error:
+        raise pickle.UnpicklingError(str(error)) from error
+    file.seek(start)
+    reader = _Reader(file, label)
+    return reader.load(), reader.storages
 
 
 class _Reader(pickle.Unpickler):
@@ -171,7 +191,10 @@ def open_pickle(path: Path) -> Source:
 
     def tensor(name: str) -> Tensor:
         lazy = tensors[name]
-        data = read(lazy.storage.key)
+        try:
+            data = read(lazy.storage.key)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged: {name} cannot be read ({error}); fetch it again") from error
         if len(data) != lazy.storage.count * lazy.storage.dtype.itemsize:
             raise ValueError(f"{path}: {name} has {len(data)} bytes for {lazy.storage.count} numbers; it is damaged")
         if not data:
@@ -190,8 +213,7 @@ def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise ValueError(f"{path} was written on a machine of the other byte order; save it again on this kind")
-    with archive.open(pickles[0]) as file:
-        value = _Reader(file, str(path)).load()
+    value, _ = _unpickle(io.BytesIO(archive.read(pickles[0])), str(path))
     return value, lambda key: bytearray(archive.read(f"{root}data/{key}"))
 
 
@@ -199,15 +221,16 @@ def _open_legacy(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
     """Four pickles (magic number, version, machine, the object), the keys of the storages, and these one by one."""
     places: dict[str, tuple[int, int]] = {}
     with path.open("rb") as file:
-        if _Reader(file, str(path)).load() != _LEGACY_MAGIC:
+        if _unpickle(file, str(path))[0] != _LEGACY_MAGIC:
             raise ValueError(f"{path} is a pickle, but none of torch.save")
         for _ in ("version", "machine"):
-            _Reader(file, str(path)).load()
-        reader = _Reader(file, str(path))
-        value = reader.load()
-        for key in map(str, _Reader(file, str(path)).load()):
-            size = int.from_bytes(file.read(8), "little") * reader.storages[key].dtype.itemsize
+            _unpickle(file, str(path))
+        value, storages = _unpickle(file, str(path))
+        for key in map(str, _unpickle(file, str(path))[0]):
+            size = int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize
             places[key] = (file.tell(), size)
+            if file.tell() + size > path.stat().st_size:
+                raise EOFError(f"the numbers of storage {key} end early")
             file.seek(size, 1)
 
     def read(key: str) -> bytearray:
