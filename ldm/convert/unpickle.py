@@ -93,7 +93,7 @@ def _unpickle(file: IO[bytes], label: str) -> tuple[Any, dict[str, _Storage]]:
     try:
         # A few bytes may ask for gigabytes, by a length or an object's number: looked at before anything is made.
         for opcode, argument, _ in pickletools.genops(file):
-            odd = "PUT" in opcode.name and int(argument) > _MEMO_LIMIT
+            odd = "PUT" in opcode.name and isinstance(argument, int) and argument > _MEMO_LIMIT
             if odd or opcode.name in _OPCODES_REFUSED:
                 raise ValueError(f"{opcode.name} {argument!r}"[:80])
     except ValueError as error:
