@@ -97,6 +97,7 @@ def draw(
     asked |= {key: _plain(value) for key, value in options.items()}
     paths = [output / f"{i:05d}.png" for i in range(len(texts))]
     _claim(output, asked, paths, rank)
+    steps = request.plan(options.get("sampler", "ddim"), None, options.get("steps"), "")[2]
     fresh, notes, settings = 0, [], {}
     for chunk in _shares(len(texts), batch_size, rank, world):
         missing = [i for i in chunk if not paths[i].exists()]
@@ -106,7 +107,7 @@ def draw(
         def step(first: int, i: int, x0: Tensor, some: int = len(missing)) -> None:
             if progress is not None:
                 done = sum(path.exists() for path in paths)
-                progress(done + some * (i + 1) / (options or {}).get("steps", 50))
+                progress(done + some * min(1.0, (i + 1) / steps))
 
         own, against = [texts[i] for i in missing], [negatives[i] for i in missing]
         out = model.sample(

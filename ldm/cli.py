@@ -28,7 +28,7 @@ python train.py [experiment=NAME] [key=value ...]        (ldm train is the same)
 Trains one stage. Alone it trains experiment=emoji/diffusion on the data that come with the package.
 
 experiments   {experiments}
-data          emoji emoji200 shards (data.train.paths=DIR data.validation.paths=DIR)
+data          emoji48 emoji200 emoji shards (data.train.paths=DIR data.validation.paths=DIR)
 trainer       cpu gpu          logger  csv tensorboard wandb
 autoencoder   emoji sd         unet    emoji sd15         diffusion  linear scaled_linear
 
@@ -53,11 +53,11 @@ python sample.py PROMPT [PROMPT ...] [key=value ...]      (ldm sample is the sam
 Draws pictures of prompts. A bare argument is a prompt, to the letter; it is a setting exactly if it
 begins with key=
 
-model=emoji             bundled: {models}; or a run folder, or a checkpoint folder
+model=emoji             bundled: {models}; a run, checkpoint or diffusers folder, a .safetensors, a hub id
 prompt= prompts_file=   a prompt; a text file with one prompt a line
 negative_prompt=        what to push away from
 num_images=1            pictures a prompt
-steps=50                1 to 1000
+steps=50                1 to 1000                        (12 for sampler=auto)
 guidance_scale=         1 is no guidance                 (what the model recommends)
 sampler=ddim            {samplers}
 grid=                   {grids}                  (the model's own)
@@ -69,7 +69,7 @@ init_image=FILE         start from a picture             strength=0.8   part of 
 mask=FILE               with init_image: white is painted anew, black is kept
 resize=native           interpolate, refine: begin at the model's own size
 batch_size=16 tile=     pictures at a time; latents a side to decode at a time
-precision=              float32 bfloat16 float16 auto    (that of the weights)
+precision=              float32 float32_winograd bfloat16 float16 auto       (that of the weights)
 safety=                 nsfw blurs what Open NSFW flags  (off)
 weights=ema             ema or raw
 device= devices=1       cpu, cuda; processes that share the work (torchrun does as well)
@@ -95,7 +95,7 @@ Scores a model on the emoji data: pair accuracy (concept and style together) on 
 training pairs, beside real images, chance and a model that ignores the style; and its autoencoder's PSNR.
 
 model=emoji           bundled name, run folder or checkpoint folder; a stage-one run scores the autoencoder alone
-data=emoji200         emoji200 or emoji
+data=emoji48          emoji48 (what the bundled model draws), emoji200 or emoji
 seeds=3               pictures a pair
 limit=                at most so many pairs a split              (all)
 steps=50 guidance_scale= sampler=ddim batch_size=16
@@ -246,11 +246,11 @@ def sample(arguments: list[str]) -> None:
     from ldm.loading import BUNDLED, load
 
     if {"-h", "--help"} & set(arguments):
-        names = {"models": " ".join(BUNDLED), "samplers": " ".join(SAMPLERS), "grids": " ".join(GRIDS)}
+        names = {"models": " ".join(BUNDLED), "samplers": " ".join((*SAMPLERS, "auto")), "grids": " ".join(GRIDS)}
         sys.stdout.write(SAMPLE_HELP.format(**names))
         return
     defaults = {
-        "model": "emoji", "prompt": None, "prompts_file": None, "negative_prompt": "", "num_images": 1, "steps": 50,
+        "model": "emoji", "prompt": None, "prompts_file": None, "negative_prompt": "", "num_images": 1, "steps": None,
         "guidance_scale": None, "sampler": "ddim", "grid": None, "seed": 0, "height": None, "width": None, "eta": 0.0,
         "guidance_interval": None, "guidance_rescale": 0.0, "init_image": None, "strength": None, "mask": None,
         "resize": "native", "batch_size": 16, "tile": None, "precision": None, "safety": None, "weights": "ema",
@@ -272,10 +272,10 @@ def sample(arguments: list[str]) -> None:
         settings["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     model = load(settings["model"], settings["weights"], settings["device"])
     if settings["precision"] is not None:
-        model.to(dtype=shared(precision.choose(settings["precision"], model.device, model.dtype)))
+        settings["precision"] = shared(precision.choose(settings["precision"], model.device))
     output = Path(shared(settings["output"] or f"outputs/samples/{_stamp()}"))
     seed = shared(secrets.randbelow(2**31) if settings["seed"] is None else settings["seed"])
-    own = ("model", "prompt", "prompts_file", "weights", "device", "devices", "output", "precision", "seed")
+    own = ("model", "prompt", "prompts_file", "weights", "device", "devices", "output", "seed")
     given = ("negative_prompt", "num_images", "batch_size")
     options = {key: value for key, value in settings.items() if key not in own + given}
 
@@ -347,7 +347,7 @@ def evaluate(arguments: list[str]) -> None:
         sys.stdout.write(EVALUATE_HELP)
         return
     defaults = {
-        "model": "emoji", "data": "emoji200", "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None,
+        "model": "emoji", "data": "emoji48", "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None,
         "sampler": "ddim", "batch_size": 16, "output": None,
     }  # fmt: skip
     settings, bare = parse(arguments, defaults, ("model", "data", "sampler", "output"))

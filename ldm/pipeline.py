@@ -18,7 +18,7 @@ from ldm.autoencoder import Autoencoder
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
-from ldm.diffusion import Grid, Prediction, Schedule, guided, make_grid, to_x0
+from ldm.diffusion import Grid, Prediction, Schedule, evaluations, guided, make_grid, to_x0
 from ldm.diffusion.prediction import check_prediction
 from ldm.precision import PRECISIONS, choose
 from ldm.request import Picture
@@ -113,6 +113,8 @@ class LatentDiffusion:
                 f"the UNet reads a context {unet.context_dim} wide, the text tower gives {text_encoder.width}; "
                 "choose a unet and a text tower that fit"
             )
+        if prediction == "epsilon" and schedule.arguments.get("zero_terminal"):
+            raise ValueError("zero terminal SNR begins with pure noise, where ε tells nothing; predict v or x0")
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
         self.schedule, self.prediction, self.name, self.offload = schedule, prediction, name, offload
         self.defaults = Defaults() if defaults is None else defaults
@@ -152,7 +154,7 @@ class LatentDiffusion:
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] = "",
         num_images: int = 1,
-        steps: int = 50,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str = "ddim",
         seed: int | Sequence[int] | None = 0,
@@ -180,9 +182,10 @@ class LatentDiffusion:
             prompt: one, or a list.
             negative_prompt: what to push away from: one for all, or one a prompt.
             num_images: pictures a prompt; those of the first prompt come first.
-            steps: of the sampler, 1 to 1000.
+            steps: of the sampler, 1 to 1000; None is 50, or 12 for ``"auto"``.
             guidance_scale: s >= 0; 1 is no guidance; None takes what the model recommends.
-            sampler: a key of :data:`ldm.diffusion.SAMPLERS`.
+            sampler: a key of :data:`ldm.diffusion.SAMPLERS`, or ``"auto"``, which takes the most accurate one and its
+                grid for so few steps; the settings of the result say which.
             seed: of the first image, the next has the next; a list gives one an image; None draws one.
             height: pixels, a multiple of 8; None takes the model's, or the initial image's.
             width: likewise.
@@ -220,8 +223,8 @@ class LatentDiffusion:
         scale = request.guidance_scale(guidance_scale, self.defaults.guidance_scale, negatives)
         interval = request.interval(guidance_interval, self.schedule.num_steps)
         rescale = request.number("guidance_rescale", guidance_rescale, 0.0, 1.0)
-        run, grid = request.sampler(sampler, eta), self.defaults.grid if grid is None else grid
-        times = make_grid(grid, steps, self.schedule)
+        sampler, grid, steps = request.plan(sampler, grid, steps, self.defaults.grid)
+        run, times = request.sampler(sampler, eta), make_grid(grid, steps, self.schedule)
         checker = make_checker(safety)
         request.count("batch_size", batch_size)
         edit, size = self._canvas(init_image, mask, latents, height, width, num_images, len(prompts))
@@ -245,6 +248,7 @@ class LatentDiffusion:
         settings = {
             "negative_prompts": negatives,
             "steps": steps,
+            "evaluations": evaluations(sampler, times.tail(first)),
             "guidance_scale": scale,
             "sampler": sampler,
             "eta": eta,
@@ -468,7 +472,8 @@ class LatentDiffusion:
         if self._twin is None or self._twin[0] != key:
             twin, dtype = copy.copy(self), PRECISIONS[precision]
             if dtype != self.dtype:
-                twin.unet, twin.autoencoder = (copy.deepcopy(m).to(dtype) for m in (self.unet, self.autoencoder))
+                twin.unet = copy.deepcopy(self.unet).to(dtype)
+                twin.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
             if precision == "float32_winograd":
                 twin.unet, twin.autoencoder = accelerated(twin.unet), accelerated(twin.autoencoder)
             twin.precision, twin._twin = precision, None

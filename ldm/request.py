@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
-from ldm.diffusion import SAMPLERS
+from ldm.diffusion import SAMPLERS, choose
 
 Picture = Tensor | Image.Image | str | Path
+STEPS, AUTO_STEPS = 50, 12  # by default, and of sampler=auto: less error than 50 of DDIM (docs/samplers.md)
 RESIZE = ("native", "interpolate", "refine")
 MAX_PIXELS = 64_000_000  # of a picture from a file: a small PNG can unfold to gigabytes
 
@@ -197,10 +198,20 @@ def strength(value: Any, masked: bool, steps: int) -> int:
     return taken
 
 
+def plan(name: str, grid: str | None, steps: int | None, own_grid: str) -> tuple[str, str, int]:
+    """The names of sampler and grid and the number of steps: what was given, or chosen by ``auto``."""
+    if name != "auto":
+        return name, own_grid if grid is None else grid, STEPS if steps is None else steps
+    if grid is not None:
+        raise ValueError(f"sampler=auto chooses the grid itself, and grid={grid} came; leave one out")
+    steps = AUTO_STEPS if steps is None else count("steps", steps)
+    return *choose(steps), steps
+
+
 def sampler(name: str, eta: float) -> Callable[..., Tensor]:
     """The sampler of a name, with its η."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler={name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"sampler={name!r} is unknown; choose one of {', '.join(SAMPLERS)}, auto")
     eta = number("eta", eta)
     if eta and name != "ddim":
         raise ValueError(f"eta={eta} is a setting of ddim, and sampler={name} would ignore it; leave it out")

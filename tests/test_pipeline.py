@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.diffusion import guided
+from ldm.diffusion import Schedule, guided
 from ldm.pipeline import LatentDiffusion
 from ldm.provenance import read_png
 from ldm.safety import OpenNSFW
@@ -29,7 +29,7 @@ def test_sampling_gives_images_prompt_major_with_a_seed_each(family: str, predic
     assert out.prompts == [p for p in PROMPTS for _ in range(2)]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m_sde", "auto"])
 def test_an_image_does_not_depend_on_its_batch(model: LatentDiffusion, sampler: str) -> None:
     together = model.sample(PROMPTS, num_images=2, steps=4, sampler=sampler, seed=0)
     split = model.sample(PROMPTS, num_images=2, steps=4, sampler=sampler, seed=0, batch_size=1)
@@ -377,3 +377,19 @@ def test_idle_parts_leave_the_device(model: LatentDiffusion, monkeypatch: pytest
         monkeypatch.setattr(module, "to", lambda device, name=name: moves.append((name, str(device))))
     model.sample("a", steps=1)
     assert moves == [("text_encoder", "cpu")] * 2 + [("autoencoder", "cpu")] * 2
+
+
+def test_auto_takes_twelve_steps_and_says_what_it_chose(model: LatentDiffusion) -> None:
+    out = model.sample("a red square", sampler="auto")
+    assert (out.settings["sampler"], out.settings["grid"], out.settings["evaluations"]) == ("adams_3", "fitted", 12)
+    again = model.sample("a red square", sampler="adams_3", grid="fitted", steps=12)
+    assert torch.equal(out.latents, again.latents)
+    with pytest.raises(ValueError, match="chooses the grid itself"):
+        model.sample("a red square", sampler="auto", grid="karras")
+
+
+def test_noise_prediction_under_zero_terminal_snr_is_refused(model: LatentDiffusion) -> None:
+    parts = model.unet, model.autoencoder, model.text_encoder
+    with pytest.raises(ValueError, match="predict v or x0"):
+        LatentDiffusion(*parts, Schedule(zero_terminal=True), "epsilon")
+    LatentDiffusion(*parts, Schedule(zero_terminal=True), "v").sample("a red square", steps=3)

@@ -29,7 +29,7 @@ REQUESTS = st.fixed_dictionaries(
         "negative_prompt": st.one_of(TEXT, st.lists(TEXT, max_size=3)),
         "num_images": st.sampled_from([0, 1, 2, True, 1.0]),
         "guidance_scale": st.one_of(st.none(), st.floats(0, 30), st.sampled_from([-1.0, 1.0, math.nan, math.inf, "7"])),
-        "sampler": st.sampled_from([*SAMPLERS, "dimm", ""]),
+        "sampler": st.sampled_from([*SAMPLERS, "auto", "dimm", ""]),
         "grid": st.sampled_from([None, *GRIDS, "karass"]),
         "seed": st.one_of(
             st.none(), st.integers(-(2**70), 2**70), st.lists(st.integers(0, 9), max_size=4), st.just(0.5)
@@ -82,7 +82,9 @@ def test_a_request_gives_pictures_or_one_clear_line(request: dict[str, Any], ste
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(SAMPLERS)), st.integers(1, 1000), st.floats(0, 30), st.sampled_from(sorted(GRIDS)))
+@given(
+    st.sampled_from([*sorted(SAMPLERS), "auto"]), st.integers(1, 1000), st.floats(0, 30), st.sampled_from(sorted(GRIDS))
+)
 def test_any_number_of_steps_gives_a_picture(sampler: str, steps: int, scale: float, grid: str) -> None:
     request: dict[str, Any] = {"prompt": "a red square", "sampler": sampler, "guidance_scale": scale, "steps": steps}
     check({**request, "height": 8, "width": 8, **({} if sampler == "auto" else {"grid": grid})})

@@ -5,7 +5,7 @@ Shapes: n images, c channels, h × w pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -199,7 +199,8 @@ class Autoencoder(nn.Module):
 
         ``tile`` latents a side decode at a time, for less memory at twice the work: see :mod:`ldm.autoencoder.tiling`.
         """
-        return self.decode_raw(z * self._column(self.latent_std) + self._column(self.latent_mean), tile)
+        m = z.float() * self._column(self.latent_std) + self._column(self.latent_mean)
+        return self.decode_raw(m.to(z.dtype), tile)
 
     def decode_raw(self, m: Tensor, tile: int | None = None) -> Tensor:
         """Images from raw latents, as the posterior gives them: (n, 4, h/8, w/8) → (n, 3, h, w)."""
@@ -209,7 +210,7 @@ class Autoencoder(nn.Module):
 
     def normalise(self, m: Tensor) -> Tensor:
         """Raw latents → z = (m - latent_mean) / latent_std, a channel; any shape (n, 4, ...)."""
-        return (m - self._column(self.latent_mean)) / self._column(self.latent_std)
+        return ((m.float() - self._column(self.latent_mean)) / self._column(self.latent_std)).to(m.dtype)
 
     def set_latent_scale(self, mean: Tensor, std: Tensor) -> None:
         """Keep the measured mean and standard deviation of raw latents, each of shape (latent_channels,)."""
@@ -217,6 +218,14 @@ class Autoencoder(nn.Module):
             raise ValueError(f"latent mean {mean.tolist()} and std {std.tolist()} must be finite, the std above 0")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Autoencoder:
+        """Moves and casts as any module, but for the latent scale: it stays in float32, exact in every precision."""
+        mean, std = self.latent_mean, self.latent_std
+        super()._apply(fn, recurse)
+        if not (mean.is_meta or self.latent_mean.is_meta):
+            self.latent_mean, self.latent_std = (x.float().to(self.latent_mean.device) for x in (mean, std))
+        return self
 
     def _column(self, value: Tensor) -> Tensor:
         return value[:, None, None]

@@ -17,9 +17,12 @@ STYLES = ("noto", "twemoji", "fluent flat", "fluent 3D")
 #: Who drew a style: fluent flat and fluent 3D are the same drawings, so there are three hands.
 HANDS = {"noto": "noto", "twemoji": "twemoji", "fluent flat": "fluent", "fluent 3D": "fluent"}
 
+#: A data set that is a part of another, split as it is there; its pictures are scored against the whole.
+PART_OF = {"emoji48": "emoji200"}
+
 
 def splits() -> dict[str, dict[str, list[str]]]:
-    """Keys by data set (emoji, emoji200, openmoji) and split (train, heldout_pairs, heldout_concepts)."""
+    """Keys by data set (emoji, emoji200, emoji48, openmoji) and split (train, heldout_pairs, heldout_concepts)."""
     loaded: dict[str, Any] = json.loads((FOLDER / "splits.json").read_text())
     return loaded
 

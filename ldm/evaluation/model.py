@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm import checkpoint, loading
 from ldm.data import Sample, captions, emoji_dataset
+from ldm.data.emoji import PART_OF
 from ldm.data.emoji import splits as all_splits
 from ldm.evaluation.features import cat
 from ldm.evaluation.pairs import PairScorer, hash_order, training_choice
@@ -47,7 +48,7 @@ def pairs_of(name: str, split: str, limit: int | None = None) -> list[Sample]:
     """The samples that are scored: a held-out split, or of ``train`` as many as ``heldout_pairs`` has, by a hash.
 
     Args:
-        name: ``"emoji200"`` or ``"emoji"``.
+        name: ``"emoji48"``, ``"emoji200"`` or ``"emoji"``.
         split: ``"heldout_pairs"``, ``"heldout_concepts"`` or ``"train"``.
         limit: so many of them, by a hash.
 
@@ -81,7 +82,7 @@ def evaluate_pairs(
 
     Args:
         model: what draws.
-        name: data set, ``"emoji200"`` or ``"emoji"``.
+        name: data set, ``"emoji48"``, ``"emoji200"`` or ``"emoji"``.
         split: see :func:`pairs_of`.
         seeds: pictures a pair, at least 1.
         limit: so many pairs, chosen by a hash; None is all.
@@ -103,10 +104,11 @@ def evaluate_pairs(
     """
     if seeds < 1 or batch_size < 1:
         raise ValueError(f"seeds={seeds}, batch_size={batch_size}: each must be at least 1")
-    if scorer is not None and scorer.name != name:
+    whole = PART_OF.get(name, name)
+    if scorer is not None and scorer.name != whole:
         raise ValueError(f"the scorer was fitted on {scorer.name}, the pairs are of {name}; give its own, or none")
     samples = pairs_of(name, split, limit)
-    scorer = PairScorer(name) if scorer is None else scorer
+    scorer = PairScorer(whole) if scorer is None else scorer
     pairs = [sample for sample in samples if scorer.drawn_by_others(sample.meta["concept"], sample.meta["style"])]
     if not pairs:
         raise ValueError(f"no other hand drew any of the {len(samples)} concepts chosen of {name}; take a higher limit")
@@ -163,7 +165,7 @@ def evaluate_model(
 
     Args:
         model: bundled name, run folder or checkpoint folder; one of stage one is scored for its autoencoder alone.
-        data: ``"emoji200"`` or ``"emoji"``.
+        data: ``"emoji48"``, ``"emoji200"`` or ``"emoji"``.
         seeds: see :func:`evaluate_pairs`, as for all up to ``batch_size``.
         limit: so many pairs a split, and so many images of the autoencoder's.
         steps: of the sampler.
@@ -182,7 +184,7 @@ def evaluate_model(
     if "unet" in checkpoint.read_manifest(folder)["components"]:
         whole = loading.load(folder)
         autoencoder, device = whole.autoencoder, whole.device
-        scorer = PairScorer(data)
+        scorer = PairScorer(PART_OF.get(data, data))
         for split in ("heldout_pairs", "train"):
             result[split] = evaluate_pairs(
                 whole, data, split, seeds, limit, steps, guidance_scale, sampler, batch_size, progress, scorer

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data import HANDS, STYLES, decode_image, emoji_dataset, to_tensor
+from ldm.data.emoji import PART_OF
 from ldm.data.emoji import splits as all_splits
 from ldm.evaluation.features import EfficientNetLite0, Features, cat
 from ldm.evaluation.scores import PairScores
@@ -60,6 +61,8 @@ class RealImages:
 def training_choice(name: str) -> list[str]:
     """As many training samples as ``heldout_pairs`` has, chosen by a hash; the style probe never learns from them."""
     sets = all_splits()[name]
+    if name in PART_OF:
+        return [key for key in training_choice(PART_OF[name]) if key in set(sets["train"])]
     return hash_order(sets["train"])[: len(sets["heldout_pairs"])]
 
 
@@ -72,7 +75,7 @@ def load_real(name: str, network: EfficientNetLite0 | None = None) -> RealImages
     """
     network = EfficientNetLite0() if network is None else network
     sets = all_splits()
-    if name not in sets or "heldout_pairs" not in sets[name] or name == "openmoji":
+    if name not in sets or name == "openmoji" or name in PART_OF:
         raise ValueError(f"data set {name!r} has no held-out pairs by several hands; take emoji200 or emoji")
     kept = set(sets[name]["train"]) - set(training_choice(name))
     parts: list[Features] = []

@@ -90,3 +90,14 @@ def test_settings_that_do_not_shrink_by_eight_are_refused() -> None:
 def test_a_latent_scale_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         tiny().set_latent_scale(torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_latent_scale_is_exact_in_every_precision(dtype: torch.dtype) -> None:
+    autoencoder = Autoencoder(widths=(32, 64), num_blocks=1, stem=4)
+    std = torch.full((4,), 1 / 0.18215)
+    autoencoder.set_latent_scale(torch.zeros(4), std)
+    z = autoencoder.to(dtype).normalise(torch.ones(1, 4, 2, 2, dtype=dtype))
+    assert torch.equal(autoencoder.latent_std, std)
+    assert z.dtype == dtype
+    assert autoencoder.decode(z).dtype == dtype

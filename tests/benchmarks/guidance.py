@@ -1,6 +1,6 @@
 """What the guidance scale does to the bundled model: adherence against diversity, as a table and a grid of pictures.
 
-python -m tests.benchmarks.guidance      writes docs/guidance.md and docs/images/guidance.png; about 10 minutes
+    python -m tests.benchmarks.guidance      # into docs/sampling.md and docs/images/guidance.png; about 10 minutes
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def main() -> None:
     """Score every scale, and draw the same four prompts at each."""
     model = ldm.load("emoji", device="cpu")
     scorer = PairScorer("emoji200")
-    prompts = [captions(sample)[0] for sample in pairs_of("emoji200", "train", 16)]
+    prompts = [captions(sample)[0] for sample in pairs_of("emoji48", "train", 16)]
     rows, pictures = [], []
     for scale in SCALES:
         cells: list[str] = []
         for split in ("heldout_pairs", "train"):
-            score = evaluate_pairs(model, "emoji200", split, 1, guidance_scale=scale, scorer=scorer)["generated"]
+            score = evaluate_pairs(model, "emoji48", split, 1, guidance_scale=scale, scorer=scorer)["generated"]
             for name in ("concept_r1", "concept_r5", "style", "pair"):
                 cells.append(f"{score[name]['value']:.3f}")
         rows.append([f"{scale:g}", *cells, f"{diversity(model, scorer, scale, prompts):.3f}"])
@@ -51,7 +51,7 @@ def main() -> None:
         pictures.append(model.sample(list(SHOWN), guidance_scale=scale, num_images=2, seed=0).grid(columns=8))
     heads = ["s", *(f"{what}, {split}" for split in ("held out", "train") for what in ("R@1", "R@5", "style", "pair"))]
     said = f"One seed a pair, 50 DDIM steps; diversity over 16 training prompts of four seeds. {machine()}"
-    write("guidance.md", "table", [said, "", table([*heads, "diversity"], rows)])
+    write("sampling.md", "table", [said, "", table([*heads, "diversity"], rows)])
     sheet = Image.new("RGB", (pictures[0].width, sum(p.height + 4 for p in pictures)), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (0, i * (picture.height + 4)))

@@ -82,6 +82,14 @@ def test_emoji200_has_200_concepts_in_all_four_styles(emoji200: Samples) -> None
     assert set(counts.values()) == {4}
 
 
+def test_emoji48_is_a_part_of_emoji200_split_alike(emoji200: Samples) -> None:
+    part = read("emoji48")
+    assert len({s.meta["concept"] for split in part.values() for s in split}) == 48
+    for split in ("train", "heldout_pairs"):
+        assert {s.key for s in part[split]} <= {s.key for s in emoji200[split]}
+    assert sum(len(split) for split in part.values()) == 4 * 48
+
+
 def test_a_sample_has_its_captions_and_the_first_is_without_tags(emoji200: Samples) -> None:
     for sample in emoji200["train"]:
         variants = sample.meta["captions"]

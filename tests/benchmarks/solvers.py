@@ -1,6 +1,6 @@
 """How near the samplers come to the exact probability-flow ODE, ours and diffusers' side by side in one run.
 
-    python -m ldm.evaluation.solvers docs/samplers.md      # needs the extra `dev`; under a minute on 2 cores
+    python -m tests.benchmarks.solvers docs/samplers.md      # needs the extra `dev`; under a minute on 2 cores
 
 Under a mixture of Gaussians E[x0 | z] is known, so the ODE can be solved as finely as one likes, and the error of a
 sampler is its own. The tables go between the two markers of the page.
