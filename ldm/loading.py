@@ -64,7 +64,9 @@ def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None 
     return contents, hashlib.sha256((path / checkpoint.MANIFEST).read_bytes()).hexdigest()[:16]
 
 
-def load(source: str | Path, weights: str = "ema", device: str | torch.device | None = None) -> LatentDiffusion:
+def load(
+    source: str | Path, weights: str = "ema", device: str | torch.device | None = None, offload: bool = False
+) -> LatentDiffusion:
     """Load a model, ready to sample.
 
     Weights keep their own precision, but half precision on a CPU becomes float32, which is faster and exacter there.
@@ -74,6 +76,7 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
             folder, a CompVis single file (``.safetensors``), a hub id (``owner/name``). Pickles: ``ldm convert``.
         weights: ``"ema"`` or ``"raw"``.
         device: None takes a GPU if there is one.
+        offload: text tower and autoencoder wait on the CPU while they are idle: less GPU memory.
 
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
@@ -93,7 +96,8 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
     if device.type == "cpu" and dtype == torch.float16:
         dtype = torch.float32
     for module in (unet, autoencoder, text_encoder):
-        module.to(device, dtype)  # before the empty prompt of a model of others is encoded, in the type of use
+        # Before the empty prompt of a model of others is encoded, in the type of use.
+        module.to("cpu" if offload and module is not unet else device, dtype)
     model = LatentDiffusion(
         unet,
         autoencoder,
@@ -103,6 +107,7 @@ def load(source: str | Path, weights: str = "ema", device: str | torch.device | 
         Defaults(settings["grid"], settings["guidance_scale"], settings["height"], settings["width"]),
         contents.tensors.get("null_context"),
         name=name,
+        offload=offload,
     )
     return model.to(device, dtype)
 

@@ -12,7 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import ldm
-from ldm.cli import check_targets, configs, door, main, parse, sample, train
+from ldm.cli import door, main, sample, train
+from ldm.cli.settings import configs, parse
+from ldm.cli.training import check_targets
 from ldm.pipeline import LatentDiffusion
 from ldm.provenance import read_png
 from tests.conftest import tiny_model

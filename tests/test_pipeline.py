@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +394,31 @@ def test_noise_prediction_under_zero_terminal_snr_is_refused(model: LatentDiffus
     with pytest.raises(ValueError, match="predict v or x0"):
         LatentDiffusion(*parts, Schedule(zero_terminal=True), "epsilon")
     LatentDiffusion(*parts, Schedule(zero_terminal=True), "v").sample("a red square", steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_unet_draws_the_same(model: LatentDiffusion) -> None:
+    plain = model.sample("a red square", steps=2).latents
+    compiled = model.compile().sample("a red square", steps=2).latents
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-3)  # fused kernels round elsewhere
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws(model: LatentDiffusion) -> None:
+    plain = model.sample(PROMPTS, steps=4).images
+    on_gpu = model.to("cuda").sample(PROMPTS, steps=4)
+    assert on_gpu.images.device.type == "cpu"
+    # TF32 is off by default for products, on for convolutions: 10 bits of mantissa there.
+    torch.testing.assert_close(on_gpu.images, plain, rtol=0.0, atol=0.05)
+    half = model.sample(PROMPTS, steps=4, precision="auto")
+    assert half.settings["precision"] in ("bfloat16", "float16")
+    assert (half.images - plain).abs().mean() < 0.05
+
+
+@pytest.mark.gpu
+def test_offloading_leaves_only_the_unet_on_the_gpu(model: LatentDiffusion) -> None:
+    model.offload = True
+    model.to("cuda").sample(PROMPTS, steps=1)
+    where = [next(m.parameters()).device.type for m in (model.unet, model.autoencoder, model.text_encoder)]
+    assert where == ["cuda", "cpu", "cpu"]

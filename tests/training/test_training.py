@@ -17,7 +17,8 @@ import torch
 
 import ldm
 from ldm import checkpoint
-from ldm.cli import build, compose, door, train
+from ldm.cli import door, train
+from ldm.cli.training import build, compose
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
 from tests.conftest import tiny_text

@@ -1,0 +1,199 @@
+"""The commands that need no training: sample, evaluate, convert, pack, index."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.help import CONVERT_HELP, EVALUATE_HELP, INDEX_HELP, PACK_HELP, SAMPLE_HELP
+from ldm.cli.settings import parse, stamp
+
+
+def sample(arguments: list[str]) -> None:
+    """``ldm sample``."""
+    import torch
+
+    from ldm import precision, request
+    from ldm.batch import draw, ranks, shared
+    from ldm.diffusion import GRIDS, SAMPLERS
+    from ldm.loading import BUNDLED, load
+
+    if {"-h", "--help"} & set(arguments):
+        names = {"models": " ".join(BUNDLED), "samplers": " ".join((*SAMPLERS, "auto")), "grids": " ".join(GRIDS)}
+        sys.stdout.write(SAMPLE_HELP.format(**names))
+        return
+    defaults = {
+        "model": "emoji", "prompt": None, "prompts_file": None, "negative_prompt": "", "num_images": 1, "steps": None,
+        "guidance_scale": None, "sampler": "ddim", "grid": None, "seed": 0, "height": None, "width": None, "eta": 0.0,
+        "guidance_interval": None, "guidance_rescale": 0.0, "init_image": None, "strength": None, "mask": None,
+        "resize": "native", "batch_size": 16, "tile": None, "precision": None, "compile": False,
+        "offload": False, "safety": None, "weights": "ema", "device": None, "devices": 1, "output": None,
+    }  # fmt: skip
+    texts = ("model", "prompt", "prompts_file", "negative_prompt", "output", "sampler", "grid", "weights", "device",
+             "init_image", "mask", "resize", "precision", "safety")  # fmt: skip
+    settings, prompts = parse(arguments, defaults, texts)
+    if settings["prompt"] is not None:
+        prompts.append(settings["prompt"])
+    if settings["prompts_file"] is not None:
+        prompts += _lines(Path(settings["prompts_file"]))
+    if not prompts:
+        raise ValueError('no prompt came; give one: python sample.py "a red apple, noto style"')
+    if request.count("devices", settings["devices"]) > 1 and ranks()[1] == 1:
+        _launch(settings["devices"], arguments)
+        return
+    if ranks()[1] > 1 and settings["device"] is None and torch.cuda.is_available():
+        settings["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    model = load(settings["model"], settings["weights"], settings["device"], settings["offload"])
+    if settings["precision"] is not None:
+        settings["precision"] = shared(precision.choose(settings["precision"], model.device))
+    if settings["compile"]:
+        _compile(model, prompts, settings)
+    output = Path(shared(settings["output"] or f"outputs/samples/{stamp()}"))
+    seed = shared(secrets.randbelow(2**31) if settings["seed"] is None else settings["seed"])
+    own = ("model", "prompt", "prompts_file", "weights", "device", "devices", "output", "seed", "compile",
+           "offload")  # fmt: skip
+    given = ("negative_prompt", "num_images", "batch_size")
+    options = {key: value for key, value in settings.items() if key not in own + given}
+
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    quiet = ranks()[0] > 0 or not sys.stderr.isatty()
+    with tqdm(desc="sampling", unit="picture", disable=quiet, bar_format=_BAR) as bar:
+
+        def progress(done: float) -> None:
+            bar.total = len(prompts) * settings["num_images"]
+            bar.n = done
+            bar.refresh()
+
+        drawn = draw(model, prompts, output, seed=seed, progress=progress, options=options,
+                     **{key: settings[key] for key in given})  # fmt: skip
+    for note in drawn.notes:
+        sys.stderr.write(f"note: {note}\n")
+    if ranks()[0] == 0:
+        sys.stdout.write(_account(drawn, time.perf_counter() - start))
+
+
+def _compile(model: Any, prompts: Sequence[str], settings: dict[str, Any]) -> None:
+    """Compile, and say how long the first batch took, which pays for it."""
+    start = time.perf_counter()
+    batch = min(settings["batch_size"], len(prompts) * settings["num_images"])
+    same = {key: settings[key] for key in ("guidance_scale", "height", "width", "precision")}
+    model.compile().sample(prompts[0], num_images=batch, steps=1, batch_size=batch, **same)
+    sys.stderr.write(f"compiled in {time.perf_counter() - start:.0f} s\n")
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} pictures [{elapsed}<{remaining}]"
+
+
+def _account(drawn: Any, seconds: float) -> str:
+    """What was drawn, how long it took, and where it is."""
+    there = len(drawn.paths) - drawn.fresh
+    where = drawn.paths[0].parent / "grid.png" if len(drawn.paths) > 1 else drawn.paths[0]
+    if not drawn.fresh:
+        return f"all {there} pictures were there → {where}\n"
+    said = drawn.settings
+    a_step = seconds / (drawn.fresh * said["steps"])
+    return (
+        f"{drawn.fresh} pictures in {seconds:.1f} s ({a_step:.3f} s a step and picture)"
+        f"{f', {there} were there' if there else ''}; {said['sampler']} on the grid {said['grid']}, "
+        f"{said['steps']} steps, guidance {said['guidance_scale']:g}, {said['precision']} → {where}\n"
+    )
+
+
+def _launch(devices: int, arguments: Sequence[str]) -> None:
+    """The same command in several processes, which share its pictures."""
+    rest = [argument for argument in arguments if not argument.startswith("devices=")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
+               "-m", "ldm.cli", "sample", *rest]  # fmt: skip
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise ValueError(f"one of {devices} processes failed; what they said is above")
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts file at {path}; give a text file with one prompt a line")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not lines:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------- evaluate, pack, index
+
+
+def evaluate(arguments: list[str]) -> None:
+    """``ldm evaluate``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(EVALUATE_HELP)
+        return
+    defaults = {
+        "model": "emoji", "data": "emoji48", "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None,
+        "sampler": "ddim", "batch_size": 16, "output": None,
+    }  # fmt: skip
+    settings, bare = parse(arguments, defaults, ("model", "data", "sampler", "output"))
+    if bare:
+        raise ValueError(f"{bare[0]!r} is no setting; write key=value, see ldm evaluate --help")
+    from ldm.evaluation import evaluate_model
+
+    output = Path(settings.pop("output") or f"outputs/evaluation/{stamp()}")
+    sys.stdout.write(evaluate_model(**settings, output=output))
+    sys.stdout.write(f"\nwritten to {output}\n")
+
+
+def pack(arguments: list[str]) -> None:
+    """``ldm pack``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(PACK_HELP)
+        return
+    from ldm.data.pack import pack as pack_shards
+
+    settings, bare = parse(arguments, {"size": None}, ())
+    if len(bare) != 2:
+        raise ValueError(f"{len(bare)} paths came; the rule is: ldm pack SOURCE OUT [size=PIXELS]")
+    pack_shards(Path(bare[0]), Path(bare[1]), size=settings["size"])
+    sys.stdout.write(f"shards in {bare[1]}; train on them with: data=shards data.train.paths={bare[1]}\n")
+
+
+def index(arguments: list[str]) -> None:
+    """``ldm index``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(INDEX_HELP)
+        return
+    from ldm.data import build_index
+
+    if not arguments:
+        raise ValueError("no shard came; the rule is: ldm index TAR [TAR ...]")
+    for shard in arguments:
+        built = build_index(Path(shard))
+        sys.stdout.write(f"{shard}: {len(built['samples'])} samples\n")
+
+
+def convert(arguments: list[str]) -> None:
+    """``ldm convert``."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(CONVERT_HELP)
+        return
+    defaults = {"half": False, "prediction": None, "weights": "ema"}
+    settings, bare = parse(arguments, defaults, ("prediction", "weights"))
+    if len(bare) != 2:
+        raise ValueError(f"{len(bare)} paths came; the rule is: ldm convert SOURCE OUT [half=true] [prediction=v]")
+    if not isinstance(settings["half"], bool):
+        raise ValueError(f"half={settings['half']}: the rule is true or false")
+    from ldm.convert import convert as convert_weights
+
+    contents = convert_weights(bare[0], bare[1], **settings)
+    sizes = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in contents.components.items()]
+    said = contents.settings
+    detail = f"; {said['schedule']['name']}, {said['prediction']}, {said['height']}×{said['width']}" if said else ""
+    sys.stdout.write(f"{bare[1]}: {', '.join(sizes)} parameters{detail}\n")
