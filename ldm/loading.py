@@ -98,6 +98,8 @@ def load(
     for module in (unet, autoencoder, text_encoder):
         # Before the empty prompt of a model of others is encoded, in the type of use.
         module.to("cpu" if offload and module is not unet else device, dtype)
+    if device.type == "cuda":  # tensor cores read channels last; on a CPU it changes nothing
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = LatentDiffusion(
         unet,
         autoencoder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,27 @@ def test_pictures_of_unknown_origin_are_not_taken_for_ones_own(model: LatentDiff
     with pytest.raises(ValueError, match=r"no request\.json"):
         draw(model, PROMPTS, tmp_path, options={"steps": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["00001.png"]
+
+
+def test_a_killed_run_leaves_whole_pictures_and_goes_on(tmp_path: Path) -> None:
+    tiny_model().save(tmp_path / "model")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ldm.cli", "sample", "a red square", f"model={tmp_path / 'model'}", f"output={out}",
+               "num_images=40", "batch_size=2", "steps=10"]  # fmt: skip
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("[0-9]*.png"))) < 4 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    running.kill()
+    _, said = running.communicate()
+    there = sorted(out.glob("[0-9]*.png"))
+    assert 4 <= len(there) < 40, said.decode()
+    assert all(read_png(path)["seed"] == int(path.stem) for path in there)  # each opens, with its capsule
+    assert not (out / "grid.png").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{40 - len(there)} pictures" in done.stdout
+    assert len(_pixels(out)) == 40
 
 
 def test_two_processes_draw_the_pictures_of_one(tmp_path: Path) -> None:

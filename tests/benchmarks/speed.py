@@ -1,6 +1,6 @@
 """Seconds of a guidance step and of decoding at the size of SD 1.5, ours and diffusers', interleaved in one process.
 
-    python -m tests.benchmarks.speed [32] [64] [decode] [emoji]     writes docs/speed.md; about 15 minutes, 12 GB
+    python -m tests.benchmarks.speed [32] [64] [decode] [overhead] [emoji]   # into docs/speed.md; 15 minutes, 14 GB
 
 Both have random weights of the same shapes: the time of a dense network does not hang on them.
 """
@@ -8,7 +8,9 @@ Both have random weights of the same shapes: the time of a dense network does no
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -115,6 +117,26 @@ def decoding(peaks: dict[str, float]) -> list[list[object]]:
     )
 
 
+def overhead() -> list[list[object]]:
+    """Milliseconds a step that are not the UNet's: sampler, guidance and loop, around a UNet that does nothing."""
+    model = ldm.load("emoji", device="cpu")
+    model.unet.forward = lambda z, t, context: z  # type: ignore[method-assign]
+    result: list[list[object]] = []
+    for sampler in ("ddim", "dpmpp_2m", "unipc", "auto"):
+        row: list[object] = [sampler]
+        for size in (256, 512):
+            times: list[float] = []
+
+            def tick(first: int, i: int, x0: torch.Tensor, times: list[float] = times) -> None:
+                times.append(time.perf_counter())
+
+            model.sample("a", steps=50, sampler=sampler, height=size, width=size, callback=tick, tile=16)
+            steps = sorted(b - a for a, b in itertools.pairwise(times))
+            row.append(f"{1000 * steps[len(steps) // 2]:.2f}")
+        result.append(row)
+    return result
+
+
 def emoji() -> list[list[object]]:
     """The bundled model, loaded: a prompt to a PNG on the disk."""
     model = ldm.load("emoji", device="cpu")
@@ -138,14 +160,16 @@ def emoji() -> list[list[object]]:
 @torch.inference_mode()
 def main(parts: list[str]) -> None:
     """Measure the parts that are named, all of them by default, and write their tables."""
-    parts = parts or ["32", "64", "decode", "emoji"]
+    parts = parts or ["32", "64", "decode", "overhead", "emoji"]
     peaks = {name: gemm_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     where = f"{machine()}; matrix product of 2048²: float32 {peaks['float32'] / 1e9:.0f} GFLOP/s, bfloat16 " + (
         f"{peaks['bfloat16'] / 1e9:.0f}. Medians of {REPEATS}, interleaved."
     )
     heads = ["", "seconds", "× diffusers float32", "GFLOP/s", "of the peak"]
     for part in parts:
-        if part == "emoji":
+        if part == "overhead":
+            content = table(["sampler", "ms a step, 32×32 latents", "ms a step, 64×64"], overhead())
+        elif part == "emoji":
             content = table(["bundled model, one picture", "seconds"], emoji())
         else:
             content = table(heads, decoding(peaks) if part == "decode" else steps(int(part), peaks))
