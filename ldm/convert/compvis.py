@@ -14,284 +14,200 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from torch import Tensor, nn
 
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import Contents
-from ldm.convert.names import autoencoder_names, from_open_clip, renaming, tower, unet_names
-from ldm.convert.tensors import Shape, Source, fill
+from ldm.convert.names import COMPVIS
+from ldm.convert.tensors import SD_SCALE, Source, build
 from ldm.diffusion import Schedule
 from ldm.text import TextEncoder, clip_tokenizer
 from ldm.unet import UNet
 
-UNET, VAE, TEXT, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
-CLIP, OPEN_CLIP = "transformer.", "model."  # under TEXT
+UNET, VAE, EMA, TEXT = "model.diffusion_model.", "first_stage_model.", "model_ema.", "cond_stage_model."
+CLIP, OPEN_CLIP = f"{TEXT}transformer.", f"{TEXT}model."
 SD_SCHEDULE = {"name": "scaled_linear", "num_steps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
-SD_SCALE = 0.18215  # 1 / standard deviation of SD's raw latents
 HEAD_DIM = 64  # of CLIP's towers, and of SD 2.x's UNet
 
 # What training leaves in a file and no model needs; a closed list, everything else is refused.
 _LEFTOVERS = (
     r"betas|(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?|logvar|lvlb_weights"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|v_pred|ztsnr|scale_factor"
+    r"|cond_stage_model\.(logit_scale|text_projection)"
 )
 _EMA_LEFTOVERS = r"decay|num_updates"
 _VAE_LEFTOVERS = r"loss\..*|model_ema\..*"
-_CLIP_LEFTOVERS = r"embeddings\.position_ids|text_projection(\.weight)?|logit_scale"
-_OPEN_CLIP_LEFTOVERS = r"text_projection|logit_scale|attn_mask"
+_CLIP_LEFTOVERS = r"embeddings\.position_ids|text_projection(\.weight)?|logit_scale|attn_mask"
 _OTHER_FAMILIES = {  # the beginning of a name → whose it is
-    "conditioner.embedders.": "SDXL",
-    "model.diffusion_model.label_emb.": "a class-conditional model (SDXL, unCLIP)",
-    "model.diffusion_model.joint_blocks.": "SD 3",
-    "model.diffusion_model.double_blocks.": "Flux",
-    "double_blocks.": "Flux",
-    "joint_blocks.": "SD 3",
-    "control_model.": "ControlNet",
-    "lora_": "a LoRA",
-    "noise_estimator.": "an upscaler",
+    "conditioner.embedders.": "SDXL", "label_emb.": "a class-conditional model (SDXL, unCLIP)", "joint_blocks.": "SD 3",
+    "double_blocks.": "Flux", "control_model.": "ControlNet", "lora_": "a LoRA", "noise_estimator.": "an upscaler",
     "depth_model.": "SD 2 depth",
-}
+}  # fmt: skip
+_OPEN_CLIP_NAMES = {  # OpenCLIP → transformers
+    "token_embedding": "embeddings.token_embedding", "positional_embedding": "embeddings.position_embedding.weight",
+    "transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn": "self_attn",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_final": "final_layer_norm",
+}  # fmt: skip
+_TOKENS = "embeddings.token_embedding.weight"
 
 
 def read(source: Source, weights: str, prediction: str | None, only: tuple[str, ...] | None) -> Contents:
-    """The parts and settings of a single file.
-
-    Args:
-        source: its tensors.
-        weights: ``"ema"`` takes the UNet's averaged weights where there are some, ``"raw"`` never.
-        prediction: ``"epsilon"``, ``"v"`` or ``"x0"`` where the caller knows.
-        only: names of components; None takes all.
-
-    Raises:
-        ValueError: for another family of models, and for tensors that do not fit.
-    """
-    for prefix, family in _OTHER_FAMILIES.items():
-        if any(name.startswith(prefix) for name in source.shapes):
-            raise ValueError(f"{source.label} is {family}, by its {prefix}*; SD 1.x and 2.x are what can be loaded")
-    config = _yaml(source)
+    """The parts and settings of a single file."""
+    for name in source.shapes:
+        for prefix, family in _OTHER_FAMILIES.items():
+            if name.removeprefix(UNET).startswith(prefix):
+                raise ValueError(f"{source.label} is {family}, by its {name}; SD 1.x and 2.x are what can be loaded")
+    config = _yaml(source.files[0].with_suffix(".yaml"))
     whole = any(name.startswith(UNET) for name in source.shapes)
     if not whole and only is None:
         raise ValueError(f"{source.label} holds no {UNET}*, so it is no whole model; for a part of one use "
                          "ldm.load_autoencoder or ldm.load_text_encoder")  # fmt: skip
-    components: dict[str, nn.Module] = {}
-    if only is None or "unet" in only:
-        components["unet"] = read_unet(source, weights, config)
-    if only is None or "autoencoder" in only:
-        components["autoencoder"] = read_autoencoder(source.under(VAE) if whole else source, config)
-    if only is None or "text_encoder" in only:
-        components["text_encoder"] = read_text_encoder(source)
+    readers: dict[str, Callable[[], nn.Module]] = {
+        "unet": lambda: _unet(source, weights, config),
+        "autoencoder": lambda: _autoencoder(source.under(VAE) if whole else source, config),
+        "text_encoder": lambda: _text_encoder(source),
+    }
+    components = {name: readers[name]() for name in only or readers}
     if only is not None:
         return Contents(components)
-    parts = (UNET, VAE, f"{TEXT}{CLIP}", f"{TEXT}{OPEN_CLIP}", EMA)
-    ignored = re.compile(rf"{_LEFTOVERS}|{TEXT}(logit_scale|text_projection)")
-    odd = sorted(name for name in source.shapes if not name.startswith(parts) and not ignored.fullmatch(name))
-    if odd:
+    odd = [name for name in source.shapes if not name.startswith((UNET, VAE, EMA, CLIP, OPEN_CLIP))]
+    if odd := sorted(name for name in odd if not re.fullmatch(_LEFTOVERS, name)):
         raise ValueError(f"{source.label} holds what no SD 1.x or 2.x has: unexpected {'; '.join(odd[:20])}")
-    unet = components["unet"]
-    assert isinstance(unet, UNet)
-    kind = prediction or _prediction(source, config, unet)
-    size = 768 if unet.arguments["linear_projections"] and kind == "v" else 512
-    settings = {
-        "prediction": kind,
-        "schedule": _schedule(source, config),
-        "grid": "leading",
-        "guidance_scale": 7.5,
-        "height": size,
-        "width": size,
-    }
-    return Contents(components, settings=settings)
+    linear = len(source.shapes[f"{UNET}middle_block.1.proj_in.weight"]) == 2  # SD 2.x
+    kind = prediction or _prediction(source, config, linear)
+    size = 768 if linear and kind == "v" else 512
+    settings = {"prediction": kind, "schedule": _schedule(source, config), "grid": "leading"}
+    return Contents(components, settings=settings | {"guidance_scale": 7.5, "height": size, "width": size})
 
 
-def read_unet(source: Source, weights: str, config: Mapping[str, Any]) -> UNet:
-    """The UNet, whose sizes are those of its tensors."""
-    raw = source.under(UNET)
-    arguments = _sized("UNet", source, lambda: _unet_arguments(raw.shapes, config))
-    with torch.device("meta"):
-        unet = UNet(**arguments)
-    names = renaming(unet_names(len(arguments["widths"]), arguments["num_blocks"], arguments["attention"]), 1)
-    averaged = source.under(EMA)
-    if weights == "ema" and averaged.shapes:
-        # CompVis' averages are buffers, whose names may hold no dots.
-        flat = "diffusion_model{}".format
-        fill(unet, averaged, lambda name: flat(names(name).replace(".", "")), ignored=_EMA_LEFTOVERS)
-    else:
-        fill(unet, raw, names)
-    return unet
+def _part(source: Source, what: str, needed: str) -> Source:
+    if needed not in source.shapes:
+        raise ValueError(f"{source.label} holds no {what} of SD 1.x or 2.x: {needed} is missing")
+    return source
 
 
-def read_autoencoder(source: Source, config: Mapping[str, Any] | None = None) -> Autoencoder:
-    """The autoencoder, from tensors named as CompVis names a whole one (``encoder.*``, ``quant_conv.*``)."""
-    arguments = _sized("autoencoder", source, lambda: _autoencoder_arguments(source.shapes))
-    with torch.device("meta"):
-        autoencoder = Autoencoder(**arguments)
-    names = renaming(autoencoder_names(len(arguments["widths"]), arguments["num_blocks"]), 1)
-    scale = float((config or {}).get("scale_factor", SD_SCALE))
-    own = latent_scale(arguments["latent_channels"], scale)
-    fill(autoencoder, source, names, own, _VAE_LEFTOVERS, pointwise=True)  # its attention is one
-    return autoencoder
+def _numbers(pattern: str, source: Source) -> list[int]:
+    """What stands for the group of a pattern at the beginning of names."""
+    return sorted({int(found[1]) for name in source.shapes if (found := re.match(pattern, name))})
 
 
-def latent_scale(channels: int, scale: float) -> dict[str, Tensor]:
-    """Our buffers for a scale that all channels share, z = scale · m."""
-    return {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1.0 / scale)}
-
-
-def read_text_encoder(source: Source) -> TextEncoder:
-    """CLIP's tower as SD 1.x holds it, or OpenCLIP's as SD 2.x does, with the vocabulary that comes with us."""
-    tensors, open_clip = source.under(f"{TEXT}{CLIP}"), source.under(f"{TEXT}{OPEN_CLIP}")
-    if open_clip.shapes:
-        tensors = _sized("text tower", source, lambda: _from_open_clip(open_clip))
-    tensors = tensors.renamed(lambda name: name.removeprefix("text_model."))
-    arguments = _sized("text tower", source, lambda: _text_arguments(tensors.shapes))
-    if open_clip.shapes:
-        arguments |= {"activation": "gelu", "pad_token": 0}
-    with torch.device("meta"):
-        text = TextEncoder("clip", clip_tokenizer(), **arguments)
-    fill(text, tensors, tower, ignored=_CLIP_LEFTOVERS)
-    return text
-
-
-# ------------------------------------------------------------------------------------------------- what tensors tell
-
-
-def _sized(what: str, source: Source, read_sizes: Callable[[], Any]) -> Any:
-    try:
-        return read_sizes()
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{source.label} holds no {what} of SD 1.x or 2.x ({error} is missing or odd)") from error
-
-
-def _unet_arguments(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.", name))}
-    downs = sorted(k for k in numbers if f"input_blocks.{k}.0.op.weight" in shapes)
-    num_levels = len(downs) + 1
-    num_blocks = (downs[0] if downs else len(numbers)) - 1
-    firsts = [1 + level * (num_blocks + 1) for level in range(num_levels)]
+def _unet(source: Source, weights: str, config: Mapping[str, Any]) -> UNet:
+    raw, averaged = _part(source.under(UNET), "UNet", "input_blocks.0.0.weight"), source.under(EMA)
+    shapes, numbers = raw.shapes, _numbers(r"input_blocks\.(\d+)\.", raw)
+    downs = [k for k in numbers if f"input_blocks.{k}.0.op.weight" in shapes]
+    firsts = [1, *(k + 1 for k in downs)]  # block of each level
     widths = [shapes[f"input_blocks.{k}.0.in_layers.2.weight"][0] for k in firsts]
     linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
-    heads: int | list[int] = [width // HEAD_DIM for width in widths] if linear else 8
-    settings = config.get("unet", {})
-    if settings.get("num_head_channels", -1) != -1:
-        heads = [width // int(settings["num_head_channels"]) for width in widths]
-    elif settings.get("num_heads", -1) != -1:
-        heads = int(settings["num_heads"])
-    return {
+    said = config.get("unet_config", {}).get("params", {})
+    head_dim = said.get("num_head_channels", HEAD_DIM if linear and "num_heads" not in said else -1)
+    arguments = {
         "widths": widths,
         "attention": [f"input_blocks.{k}.1.proj_in.weight" in shapes for k in firsts],
-        "num_blocks": num_blocks,
-        "num_heads": heads,
+        "num_blocks": (downs[0] if downs else len(numbers)) - 1,
+        "num_heads": said.get("num_heads", 8) if head_dim == -1 else [width // head_dim for width in widths],
         "context_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "linear_projections": linear,
     }
+    if weights == "raw" or not averaged.shapes:
+        return build(UNet, arguments, raw, COMPVIS)
+    # CompVis' averages are buffers, whose names may hold no dots.
+    dotted = {f"diffusion_model{name.replace('.', '')}": name for name in shapes}
+    return build(UNet, arguments, averaged.renamed(lambda n: dotted.get(n, n)), COMPVIS, _EMA_LEFTOVERS)
 
 
-def _autoencoder_arguments(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    levels = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name))}
-    blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
-    return {
-        "widths": [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in sorted(levels)],
-        "num_blocks": len(blocks),
-        "latent_channels": shapes["post_quant_conv.weight"][0],
+def _autoencoder(source: Source, config: Mapping[str, Any]) -> Autoencoder:
+    """From tensors named as CompVis names a whole one: ``encoder.*``, ``quant_conv.*``."""
+    _part(source, "autoencoder", "post_quant_conv.weight")
+    firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in _numbers(r"encoder\.down\.(\d+)\.", source)]
+    arguments = {
+        "widths": [source.shapes[name][0] for name in firsts],
+        "num_blocks": len(_numbers(r"encoder\.down\.0\.block\.(\d+)\.", source)),
+        "latent_channels": source.shapes["post_quant_conv.weight"][0],
     }
+    return build(Autoencoder, arguments, source, COMPVIS, _VAE_LEFTOVERS, config.get("scale_factor", SD_SCALE))
 
 
-def _text_arguments(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    layers = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.layers\.(\d+)\.", name))}
-    vocab_size, width = shapes["embeddings.token_embedding.weight"]
+def _text_encoder(source: Source) -> TextEncoder:
+    """CLIP's tower as SD 1.x holds it, or OpenCLIP's as SD 2.x does, with the vocabulary that comes with us."""
+    clip, open_clip = source.under(CLIP).renamed(lambda name: name.removeprefix("text_model.")), source.under(OPEN_CLIP)
+    tower = _part(_from_open_clip(open_clip) if open_clip.shapes else clip, "text tower", _TOKENS)
+    vocab_size, width = tower.shapes[_TOKENS]
     if width % HEAD_DIM:
-        raise ValueError(f"a width of {width}")
-    return {
-        "width": width,
-        "num_layers": len(layers),
-        "num_heads": width // HEAD_DIM,
-        "vocab_size": vocab_size,
-    }
+        raise ValueError(f"{source.label}: its text tower is {width} wide; the rule is a multiple of {HEAD_DIM}")
+    layers = _numbers(r"encoder\.layers\.(\d+)\.", tower)
+    sizes = {"width": width, "num_layers": len(layers), "num_heads": width // HEAD_DIM, "vocab_size": vocab_size}
+    others = {"activation": "gelu", "pad_token": 0} if open_clip.shapes else {}
+    arguments = {"family": "clip", "tokenizer": clip_tokenizer(), **sizes, **others}
+    return build(TextEncoder, arguments, tower, COMPVIS, _CLIP_LEFTOVERS)
 
 
 def _from_open_clip(source: Source) -> Source:
     """OpenCLIP's tensors under transformers' names, without the last layer, which SD 2.x does not run."""
-    numbers = {int(match[1]) for name in source.shapes if (match := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
-    unused = f"transformer.resblocks.{max(numbers)}."
-    places: dict[str, tuple[str, int, int]] = {}  # their name, which part of it, of how many
-    for name in source.shapes:
-        if name.startswith(unused) or re.fullmatch(_OPEN_CLIP_LEFTOVERS, name):
-            continue
-        parts = from_open_clip(name)
-        places |= {part: (name, i, len(parts)) for i, part in enumerate(parts)}
-    shapes = {}
-    for part, (name, _, count) in places.items():
-        first, *rest = source.shapes[name]
-        shapes[part] = (first // count, *rest)
+    unused = f"transformer.resblocks.{max(_numbers(r'transformer.resblocks.([0-9]+)', source), default=0)}."
+    words = re.compile(rf"\b({'|'.join(map(re.escape, _OPEN_CLIP_NAMES))})\b")
+    source = source.renamed(lambda name: None if name.startswith(unused)
+                            else words.sub(lambda found: _OPEN_CLIP_NAMES[found[1]], name))  # fmt: skip
+    shapes, fused = dict(source.shapes), {}
+    for name, shape in source.shapes.items():
+        head, found, end = name.partition("in_proj_")  # query, key and value in one
+        if found and shape and shape[0] % 3 == 0:
+            del shapes[name]
+            for i, part in enumerate("qkv"):
+                shapes[f"{head}{part}_proj.{end}"] = (shape[0] // 3, *shape[1:])
+                fused[f"{head}{part}_proj.{end}"] = name, i
 
-    def read(part: str) -> Tensor:
-        name, i, count = places[part]
-        # A copy of its own: the three must not share memory, or they could not be saved apart.
-        return source.read(name).chunk(count)[i].clone() if count > 1 else source.read(name)
+    def read_one(name: str) -> Tensor:
+        if name not in fused:
+            return source.read(name)
+        whole, i = fused[name]
+        return source.read(whole).chunk(3)[i].clone()  # which share no memory, so that they can be saved apart
 
-    return replace(source, shapes=shapes, read=read)
-
-
-# ------------------------------------------------------------------------------------------- what is beside the tensors
+    return replace(source, shapes=shapes, read=read_one)
 
 
-def _yaml(source: Source) -> dict[str, Any]:
-    """Settings from the ``.yaml`` of the same name, if there is one; CompVis' keys, made flat."""
-    path = Path(source.label).with_suffix(".yaml")
-    if not path.is_file():
-        return {}
+def _yaml(path: Path) -> dict[str, Any]:
+    """Settings from the ``.yaml`` beside a file, under CompVis' keys; none if there is no such file."""
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
-        unet = params.get("unet_config", {}).get("params", {})
-        keys = ("parameterization", "linear_start", "linear_end", "timesteps", "scale_factor", "beta_schedule")
-        return {"path": path, "unet": unet} | {key: params[key] for key in keys if key in params}
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no config of a CompVis model ({type(error).__name__}: {error})") from error
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]) if path.is_file() else {}
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} is no config of a CompVis model ({reason}); mend it or take it away") from error
 
 
-def _prediction(source: Source, config: Mapping[str, Any], unet: UNet) -> str:
-    """What the UNet predicts, as far as anything says so.
-
-    Raises:
-        ValueError: for SD 2.x where nothing does: its ε and its v models differ in no tensor's shape.
-    """
-    said = config.get("parameterization") or source.notes.get("modelspec.prediction_type")
-    if said is None and "v_pred" in source.shapes:
-        said = "v"  # an empty tensor of this name is how some programs mark such a file
-    if said is not None:
-        kinds = {"eps": "epsilon", "epsilon": "epsilon", "v": "v", "x0": "x0"}
-        if said not in kinds:
-            raise ValueError(f"{source.label}: its prediction is said to be {said!r}; known are {', '.join(kinds)}")
-        return kinds[said]
-    if not unet.arguments["linear_projections"]:
-        return "epsilon"  # all of SD 1.x
-    raise ValueError(
-        f"{source.label} is of the family of SD 2.x, whose epsilon and v models look the same; put its .yaml beside "
-        f"it, or say which: ldm convert {source.label} OUT prediction=v (768 pixels) or prediction=epsilon (512)"
-    )
+def _prediction(source: Source, config: Mapping[str, Any], linear: bool) -> str:
+    """What the UNet predicts; ValueError for SD 2.x where nothing says so: its ε and v models have the same shapes."""
+    # An empty tensor v_pred is how some programs mark a file; all of SD 1.x, without linear maps, predicts ε.
+    guess = "v" if "v_pred" in source.shapes else None if linear else "epsilon"
+    said = config.get("parameterization") or source.notes.get("modelspec.prediction_type") or guess
+    if said is None:
+        raise ValueError(
+            f"{source.label} is of the SD 2.x family, whose epsilon and v models look the same; put its .yaml beside "
+            f"it, or say which: ldm convert {source.label} OUT prediction=v (768 pixels) or prediction=epsilon (512)"
+        )
+    kinds = {"eps": "epsilon", "epsilon": "epsilon", "v": "v", "x0": "x0"}
+    if said not in kinds:
+        raise ValueError(f"{source.label}: its prediction is said to be {said!r}; known are {', '.join(kinds)}")
+    return kinds[said]
 
 
 def _schedule(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
     """The noise schedule: that of the yaml, or of the file's own betas, or SD's."""
-    if config.get("beta_schedule", "linear") != "linear":
-        raise ValueError(f"{config['path']}: beta_schedule={config['beta_schedule']} is unknown; the rule is linear")
+    if (said := config.get("beta_schedule", "linear")) != "linear":
+        raise ValueError(f"{source.label}: its .yaml says beta_schedule={said}, which is unknown; the rule is linear")
     # What CompVis calls linear is linear in √β.
-    schedule = SD_SCHEDULE | {
-        ours: config[theirs]
-        for ours, theirs in (("num_steps", "timesteps"), ("beta_start", "linear_start"), ("beta_end", "linear_end"))
-        if theirs in config
-    }
+    names = {"timesteps": "num_steps", "linear_start": "beta_start", "linear_end": "beta_end"}
+    schedule = SD_SCHEDULE | {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     if "ztsnr" in source.shapes:  # how some programs mark a model that was trained with no image left at the end
         return schedule | {"zero_terminal": True}
     if "betas" not in source.shapes:
         return schedule
     betas = source.read("betas").double().flatten().numpy()
     ends = {"num_steps": len(betas), "beta_start": float(f"{betas[0]:.6g}"), "beta_end": float(f"{betas[-1]:.6g}")}
-    for known in (schedule, SD_SCHEDULE | ends, SD_SCHEDULE | ends | {"name": "linear"}):
-        alpha_bar = Schedule(**known).alpha_bar.numpy()  # type: ignore[arg-type]
+    for known in (schedule, SD_SCHEDULE | ends, {"name": "linear"} | ends):
+        alpha_bar = Schedule(**known).alpha_bar.numpy()
         expected = 1.0 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
         # Half precision keeps three digits of a beta.
         if len(expected) == len(betas) and np.allclose(betas, expected, rtol=2e-3, atol=0.0):

@@ -15,44 +15,27 @@ import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.convert.tensors import Shape, Source, is_pickle
 
 _TYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+    "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
 # Found in honest checkpoints beside the weights. What they name is never imported: it becomes an empty object.
 _STAND_INS = {
-    *(("torch", name.rpartition(".")[2]) for name in map(str, {*_TYPES.values(), torch.complex64})),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("_codecs", "encode"),
-    ("collections", "defaultdict"),
-    ("collections", "Counter"),
-    ("argparse", "Namespace"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("typing", "Any"),
-    *(("builtins", name) for name in ("set", "frozenset", "complex", "bytearray", "dict", "list", "tuple", "int",
-      "float", "bool", "str", "object", "slice", "range")),
-    ("copyreg", "_reconstructor"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(("numpy", name) for name in ("dtype", "ndarray", "float32", "float64", "int64", "bool_")),
+    "torch": "float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool complex64 Size device",
+    "builtins": "set frozenset complex bytearray dict list tuple int float bool str object slice range",
+    "collections": "defaultdict Counter", "pathlib": "PosixPath WindowsPath", "argparse": "Namespace",
+    "numpy": "dtype ndarray float32 float64 int64 bool_", "_codecs": "encode", "copyreg": "_reconstructor",
+    "numpy.core.multiarray": "scalar _reconstruct", "numpy._core.multiarray": "scalar _reconstruct", "typing": "Any",
 }  # fmt: skip
 _STAND_IN_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
 _OPCODES_REFUSED = ("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4")  # torch.save writes none
@@ -60,15 +43,17 @@ _MEMO_LIMIT = 2**24  # a real checkpoint numbers some hundred thousand objects
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's, before it wrote zip files
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
+class _Refused(ValueError):
+    """One line for the user; any other error in a reading means a damaged file."""
+
+
+class _Storage(NamedTuple):
     key: str
     dtype: torch.dtype
-    count: int
+    length: int  # in numbers
 
 
-@dataclass(frozen=True, slots=True)
-class _Lazy:
+class _Lazy(NamedTuple):
     """A tensor that has not been read: a view of a storage."""
 
     storage: _Storage
@@ -77,42 +62,17 @@ class _Lazy:
     stride: Shape
 
 
-def _lazy(storage: Any, offset: Any, shape: Any, stride: Any) -> _Lazy:
-    whole = [offset, *shape, *stride]
-    if not isinstance(storage, _Storage) or any(not isinstance(number, int) or number < 0 for number in whole):
-        raise ValueError("a tensor in it is described by something else than whole numbers")
-    reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
-    if all(shape) and reach > storage.count:
-        raise ValueError("a tensor in it reaches beyond its storage")
-    return _Lazy(storage, offset, tuple(shape), tuple(stride))
-
-
-def _unpickle(file: IO[bytes], label: str) -> tuple[Any, dict[str, _Storage]]:
-    """The object of one pickle and the storages it refers to; the file is left behind it."""
-    start = file.tell()
-    try:
-        # A few bytes may ask for gigabytes, by a length or an object's number: looked at before anything is made.
-        for opcode, argument, _ in pickletools.genops(file):
-            odd = "PUT" in opcode.name and isinstance(argument, int) and argument > _MEMO_LIMIT
-            if odd or opcode.name in _OPCODES_REFUSED:
-                raise ValueError(f"{opcode.name} {argument!r}"[:80])
-    except ValueError as error:
-        raise pickle.UnpicklingError(str(error)) from error
-    file.seek(start)
-    reader = _Reader(file, label)
-    return reader.load(), reader.storages
-
-
 class _Reader(pickle.Unpickler):
     """An unpickler that knows a closed list of names."""
 
     def __init__(self, file: IO[bytes], label: str) -> None:
         super().__init__(file, encoding="latin1")
-        self.label = label
-        self.storages: dict[str, _Storage] = {}
+        self.file, self.label = file, label
+        self.storages: dict[str, _Storage] = {}  # which the object refers to
 
+        # A class and functions of their own for each reading: a pickle may set attributes of what it can name.
         class StandIn(dict[Any, Any]):
-            """Takes whatever a pickle does to an object, and keeps none of it. A class of its own for each reading."""
+            """Takes whatever a pickle does to an object, and keeps none of it."""
 
             def __init__(self, *arguments: Any) -> None:
                 super().__init__()
@@ -120,30 +80,38 @@ class _Reader(pickle.Unpickler):
             def __hash__(self) -> int:  # type: ignore[override]
                 return id(self)
 
-            def __setstate__(self, state: Any) -> None: ...
+            def __setstate__(self, *given: Any) -> None: ...
 
-            def __setitem__(self, key: Any, value: Any) -> None: ...
-
-            def append(self, value: Any) -> None: ...
-
-            def extend(self, values: Any) -> None: ...
-
-            def add(self, value: Any) -> None: ...
+            __setitem__ = append = extend = add = __setstate__
 
         def rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _Lazy:
-            return _lazy(storage, offset, shape, stride)
-
-        def parameter(data: Any, *rest: Any) -> Any:
-            return data
+            whole = all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *stride))
+            if not whole or not isinstance(storage, _Storage):
+                raise ValueError("a tensor in it is described by something else than whole numbers")
+            reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
+            if all(shape) and reach > storage.length:
+                raise ValueError("a tensor in it reaches beyond its storage")
+            return _Lazy(storage, offset, tuple(shape), tuple(stride))
 
         self.stand_in = StandIn
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor"): rebuild,
             ("torch._utils", "_rebuild_tensor_v2"): rebuild,
-            ("torch._utils", "_rebuild_parameter"): parameter,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
             **{("torch", name): dtype for name, dtype in _TYPES.items()},
         }
+
+    def load(self) -> Any:
+        """The object of one pickle; the file is left behind it."""
+        start = self.file.tell()
+        # A few bytes may ask for gigabytes, by a length or an object's number: looked at before anything is made.
+        for opcode, argument, _ in pickletools.genops(self.file):
+            far = "PUT" in opcode.name and isinstance(argument, int) and argument > _MEMO_LIMIT
+            if far or opcode.name in _OPCODES_REFUSED:
+                raise ValueError(f"{opcode.name} {argument!r}"[:80])
+        self.file.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         # Files of torch.save write some names as Python 2 knew them.
@@ -151,9 +119,9 @@ class _Reader(pickle.Unpickler):
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         if (module, name) in self.known:
             return self.known[module, name]
-        if (module, name) in _STAND_INS or module.startswith(_STAND_IN_PACKAGES):
+        if name in _STAND_INS.get(module, "").split() or module.startswith(_STAND_IN_PACKAGES):
             return self.stand_in
-        raise ValueError(
+        raise _Refused(
             f"{self.label} is refused: its pickle asks for {module}.{name}, which no weights need, and which could run "
             "code; nothing was run"
         )
@@ -162,7 +130,7 @@ class _Reader(pickle.Unpickler):
         match pid:
             case ("storage", torch.dtype() as dtype, key, _, int(count), *_):
                 return self.storages.setdefault(str(key), _Storage(str(key), dtype, count))
-        raise ValueError(f"{self.label} is refused: it refers to {str(pid)[:80]!r}, which is no storage of torch")
+        raise _Refused(f"{self.label} is refused: it refers to {str(pid)[:80]!r}, which is no storage of torch")
 
 
 def open_pickle(path: Path) -> Source:
@@ -179,8 +147,9 @@ def open_pickle(path: Path) -> Source:
         raise ValueError(f"{path} is no file of torch.save by its first bytes; safetensors files end in .safetensors")
     try:
         value, read = (_open_zip if head.startswith(b"PK") else _open_legacy)(path)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, IndexError, TypeError, AttributeError,
-            OverflowError, MemoryError, UnicodeDecodeError, OSError) as error:  # fmt: skip
+    except _Refused:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is damaged or cut short ({type(error).__name__}: {error}); fetch it again") from error
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
@@ -193,11 +162,11 @@ def open_pickle(path: Path) -> Source:
         lazy = tensors[name]
         try:
             data = read(lazy.storage.key)
-        except (KeyError, zipfile.BadZipFile) as error:
+            if len(data) != lazy.storage.length * lazy.storage.dtype.itemsize:
+                raise ValueError(f"{len(data)} bytes for {lazy.storage.length} numbers")
+        except Exception as error:  # as above
             raise ValueError(f"{path} is damaged: {name} cannot be read ({error}); fetch it again") from error
-        if len(data) != lazy.storage.count * lazy.storage.dtype.itemsize:
-            raise ValueError(f"{path}: {name} has {len(data)} bytes for {lazy.storage.count} numbers; it is damaged")
-        if not data:
+        if not len(data):
             return torch.empty(lazy.shape, dtype=lazy.storage.dtype)
         flat = torch.frombuffer(data, dtype=lazy.storage.dtype)
         return flat.as_strided(lazy.shape, lazy.stride, lazy.offset).contiguous()
@@ -205,38 +174,32 @@ def open_pickle(path: Path) -> Source:
     return Source(str(path), {name: lazy.shape for name, lazy in tensors.items()}, tensor, (path,))
 
 
-def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
+def _open_zip(path: Path) -> tuple[Any, Callable[[str], Any]]:
     archive = zipfile.ZipFile(path)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ValueError(f"{path} is a zip file, but none of torch.save: it holds {len(pickles)} data.pkl")
+        raise _Refused(f"{path} is a zip file, but none of torch.save: it holds {len(pickles)} data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError(f"{path} was written on a machine of the other byte order; save it again on this kind")
-    value, _ = _unpickle(io.BytesIO(archive.read(pickles[0])), str(path))
+        raise _Refused(f"{path} was written on a machine of the other byte order; save it again on this kind")
+    value = _Reader(io.BytesIO(archive.read(pickles[0])), str(path)).load()
     return value, lambda key: bytearray(archive.read(f"{root}data/{key}"))
 
 
-def _open_legacy(path: Path) -> tuple[Any, Callable[[str], bytearray]]:
+def _open_legacy(path: Path) -> tuple[Any, Callable[[str], Any]]:
     """Four pickles (magic number, version, machine, the object), the keys of the storages, and these one by one."""
     places: dict[str, tuple[int, int]] = {}
     with path.open("rb") as file:
-        if _unpickle(file, str(path))[0] != _LEGACY_MAGIC:
-            raise ValueError(f"{path} is a pickle, but none of torch.save")
+        if _Reader(file, str(path)).load() != _LEGACY_MAGIC:
+            raise _Refused(f"{path} is a pickle, but none of torch.save")
         for _ in ("version", "machine"):
-            _unpickle(file, str(path))
-        value, storages = _unpickle(file, str(path))
-        for key in map(str, _unpickle(file, str(path))[0]):
-            size = int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize
-            places[key] = (file.tell(), size)
+            _Reader(file, str(path)).load()
+        reader = _Reader(file, str(path))
+        value = reader.load()
+        for key in map(str, _Reader(file, str(path)).load()):
+            size = int.from_bytes(file.read(8), "little") * reader.storages[key].dtype.itemsize
+            places[key] = (size, file.tell())
             if file.tell() + size > path.stat().st_size:
                 raise EOFError(f"the numbers of storage {key} end early")
             file.seek(size, 1)
-
-    def read(key: str) -> bytearray:
-        place, size = places[key]
-        with path.open("rb") as file:
-            file.seek(place)
-            return bytearray(file.read(size))
-
-    return value, read
+    return value, lambda key: np.fromfile(path, np.uint8, places[key][0], offset=places[key][1])
