@@ -148,24 +148,15 @@ def _from_open_clip(source: Source) -> Source:
     """OpenCLIP's tensors under transformers' names, without the last layer, which SD 2.x does not run."""
     unused = f"transformer.resblocks.{max(_numbers(r'transformer.resblocks.([0-9]+)', source), default=0)}."
     words = re.compile(rf"\b({'|'.join(map(re.escape, _OPEN_CLIP_NAMES))})\b")
-    source = source.renamed(lambda name: None if name.startswith(unused)
-                            else words.sub(lambda found: _OPEN_CLIP_NAMES[found[1]], name))  # fmt: skip
-    shapes, fused = dict(source.shapes), {}
-    for name, shape in source.shapes.items():
-        head, found, end = name.partition("in_proj_")  # query, key and value in one
-        if found and shape and shape[0] % 3 == 0:
-            del shapes[name]
-            for i, part in enumerate("qkv"):
-                shapes[f"{head}{part}_proj.{end}"] = (shape[0] // 3, *shape[1:])
-                fused[f"{head}{part}_proj.{end}"] = name, i
-
-    def read_one(name: str) -> Tensor:
-        if name not in fused:
-            return source.read(name)
-        whole, i = fused[name]
-        return source.read(whole).chunk(3)[i].clone()  # which share no memory, so that they can be saved apart
-
-    return replace(source, shapes=shapes, read=read_one)
+    tensors: dict[str, Tensor] = {}
+    for name in [name for name in source.shapes if not name.startswith(unused)]:
+        theirs, tensor = words.sub(lambda found: _OPEN_CLIP_NAMES[found[1]], name), source.read(name)
+        head, fused, end = theirs.partition("in_proj_")  # query, key and value in one
+        if fused and tensor.ndim:  # copies, which share no memory, so that they can be saved apart
+            tensors |= {f"{head}{part}_proj.{end}": t.clone() for part, t in zip("qkv", tensor.chunk(3), strict=False)}
+        else:
+            tensors[theirs] = tensor
+    return replace(source, shapes={name: tuple(t.shape) for name, t in tensors.items()}, read=tensors.__getitem__)
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -185,18 +185,15 @@ def _scheduler(path: Path) -> dict[str, Any]:
     grid = config.get("timestep_spacing", "linspace" if kind.startswith(_BEGIN_AT_LINSPACE) else "leading")
     # StableDiffusionPipeline takes an offset of 0 for 1 and clip_sample=true for false, and so do we: both are known
     # faults of old folders, and mean nothing for latents.
-    offset = str(config.get("steps_offset", 0))
-    grids = ("leading", "trailing", "linspace")
+    offset, grids = str(config.get("steps_offset", 0)), ("leading", "trailing", "linspace")
     known = {"prediction_type": (said, _PREDICTIONS), "timestep_spacing": (grid, grids), "steps_offset": (offset, "01")}
     for key, (value, values) in known.items():
         if value not in values:
             raise ValueError(f"{path}: {key}={value}; known are {', '.join(values)}")
-    ends_clean = config.get("set_alpha_to_one", kind == "DDIMScheduler")
-    if kind in ("DDIMScheduler", "PNDMScheduler") and ends_clean != (grid != "leading"):
-        raise ValueError(
-            f"{path}: set_alpha_to_one={ends_clean} with timestep_spacing={grid}; leading grids end at the first step "
-            "here and others at a clean image: set it so in that file"
-        )
+    clean = config.get("set_alpha_to_one", kind == "DDIMScheduler")
+    if kind in ("DDIMScheduler", "PNDMScheduler") and clean != (grid != "leading"):
+        came = f"set_alpha_to_one={clean} with timestep_spacing={grid}"
+        raise ValueError(f"{path}: {came}; leading grids end at the first step here, others at a clean image: say so")
     return {"prediction": _PREDICTIONS[said], "schedule": schedule.arguments, "grid": grid}
 
 

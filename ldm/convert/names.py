@@ -68,11 +68,10 @@ def unet_names(num_levels: int, num_blocks: int, attention: Sequence[bool]) -> l
                 rows += _under((f"{here}.res.", f"{here}.0.", f"{theirs}.resnets.{i}."), _RES)
                 if attention[level]:
                     rows += _under((f"{here}.transformer.", f"{here}.1.", f"{theirs}.attentions.{i}."), _TRANSFORMER)
-            elif way == "down":
-                rows.append((f"{here}.conv", f"{here}.0.op", f"{theirs}.downsamplers.0.conv"))
             else:
-                compvis = f"{here}.{2 if attention[level] else 1}.conv"
-                rows.append((f"{here}.upsample.conv", compvis, f"{theirs}.upsamplers.0.conv"))
+                up = ("upsample.conv", "2.conv" if attention[level] else "1.conv")
+                ours, compvis = up if way == "up" else ("conv", "0.op")
+                rows.append((f"{here}.{ours}", f"{here}.{compvis}", f"{theirs}.{way}samplers.0.conv"))
     return rows
 
 
@@ -89,8 +88,8 @@ def autoencoder_names(num_levels: int, num_blocks: int) -> list[Row]:
         modules = modules + _VAE_MIDDLE if way == "down" else _VAE_MIDDLE + modules
         for k, (compvis, diffusers, table) in enumerate(modules, 1):
             rows += _under((f"{side}.{k}.", f"{side}.{compvis}.", f"{side}.{diffusers}."), table)
-        norm, last = len(modules) + 1, len(modules) + 3  # between them the activation
-        ends = f"0 conv_in, {norm} norm_out conv_norm_out, {last} conv_out"
+        # Between the last norm and the last convolution is the activation.
+        ends = f"0 conv_in, {len(modules) + 1} norm_out conv_norm_out, {len(modules) + 3} conv_out"
         rows += _under((f"{side}.", f"{side}.", f"{side}."), ends)
     return rows
 

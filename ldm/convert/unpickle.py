@@ -134,9 +134,7 @@ class _Reader(pickle.Unpickler):
 
 
 def open_pickle(path: Path) -> Source:
-    """The tensors of a file of ``torch.save``, zipped or of before torch 1.6, none of them read yet.
-
-    Where the file holds a ``state_dict`` beside other things, as CompVis' checkpoints do, its tensors are taken.
+    """The tensors of a file of ``torch.save``, or of its ``state_dict``; zipped or of before torch 1.6, not read yet.
 
     Raises:
         ValueError: if it is no pickle, is damaged, or asks for anything but tensors; what it asks for is named.
@@ -151,10 +149,9 @@ def open_pickle(path: Path) -> Source:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is damaged or cut short ({type(error).__name__}: {error}); fetch it again") from error
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
-    found = value.items() if isinstance(value, dict) else ()
-    tensors = {name: tensor for name, tensor in found if isinstance(tensor, _Lazy)}
+    found = value.get("state_dict", value) if isinstance(value, dict) else {}
+    held = found.items() if isinstance(found, dict) else ()
+    tensors = {name: tensor for name, tensor in held if isinstance(tensor, _Lazy)}
     if not tensors or any(not isinstance(name, str) for name in tensors):
         raise ValueError(f"{path} holds no tensors by name; give a checkpoint with a state_dict")
 
