@@ -30,19 +30,12 @@ Progress = Callable[[float], None]  # pictures done, of all processes, in parts
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a call did.
+    """What a call did."""
 
-    Attributes:
-        paths: of all pictures of the request, in order.
-        fresh: how many of them this process drew now.
-        notes: lines about single pictures: cut prompts, flags of the safety checker.
-        settings: of a picture drawn now; empty if none was.
-    """
-
-    paths: list[Path]
-    fresh: int
-    notes: list[str]
-    settings: dict[str, Any]
+    paths: list[Path]  # of all pictures of the request, in order
+    fresh: int  # how many of them this process drew now
+    notes: list[str]  # lines about single pictures: cut prompts, flags of the safety checker
+    settings: dict[str, Any]  # of a picture drawn now; empty if none was
 
 
 def ranks() -> tuple[int, int]:

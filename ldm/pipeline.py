@@ -35,43 +35,25 @@ REFINED = 0.6
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model recommends where a caller is silent; kept in its checkpoint.
+    """What a model recommends where a caller is silent; kept in its checkpoint."""
 
-    Attributes:
-        grid: the time grid that the weights came with.
-        guidance_scale: of classifier-free guidance.
-        height: pixels.
-        width: pixels.
-    """
-
-    grid: str = "trailing"
-    guidance_scale: float = 7.5
-    height: int = 512
-    width: int = 512
+    grid: str = "trailing"  # the time grid that the weights came with
+    guidance_scale: float = 7.5  # of classifier-free guidance
+    height: int = 512  # pixels
+    width: int = 512  # pixels
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What all trajectories of a call share.
+    """What all trajectories of a call share."""
 
-    Attributes:
-        contexts: of the distinct texts, (k, 77, d).
-        positive: row of each image's prompt.
-        negative: row of each image's negative prompt; None where s = 1.
-        seeds: one an image.
-        scale: s of guidance, its interval in timesteps and its rescaling follow.
-        sampler: the function.
-        batch_size: images at a time.
-        callback: of the caller.
-    """
-
-    contexts: Tensor
-    positive: list[int]
-    negative: list[int] | None
-    seeds: list[int]
-    scale: float
-    interval: tuple[float, float]
-    rescale: float
+    contexts: Tensor  # of the distinct texts, (k, 77, d)
+    positive: list[int]  # row of each image's prompt
+    negative: list[int] | None  # row of each image's negative prompt; None where s = 1
+    seeds: list[int]  # one an image
+    scale: float  # s of guidance
+    interval: tuple[float, float]  # timesteps between which it acts
+    rescale: float  # its φ
     sampler: Callable[..., Tensor]
     batch_size: int
     callback: Callback | None
@@ -79,17 +61,11 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Edit:
-    """What an initial image gives, one row an image of the call.
+    """What an initial image gives, one row an image of the call."""
 
-    Attributes:
-        z: its latents, (n, 4, h, w).
-        mask: 1 where to paint anew, at the size of the latents, (n, 1, h, w); None paints everything.
-        channels: what an inpainting UNet reads beside the noisy latents, (n, 5, h, w).
-    """
-
-    z: Tensor
-    mask: Tensor | None = None
-    channels: Tensor | None = None
+    z: Tensor  # its latents, (n, 4, h, w)
+    mask: Tensor | None = None  # 1 where to paint anew, in latents, (n, 1, h, w); None paints everything
+    channels: Tensor | None = None  # what an inpainting UNet reads beside the noisy latents, (n, 5, h, w)
 
 
 class LatentDiffusion:
@@ -232,7 +208,7 @@ class LatentDiffusion:
         run, times = request.sampler(sampler, eta), make_grid(grid, steps, self.schedule)
         checker = make_checker(safety)
         request.count("batch_size", batch_size)
-        edit, size = self._canvas(init_image, mask, latents, height, width, num_images, len(prompts))
+        edit, size = self._canvas(init_image, mask, latents, (height, width), num_images, len(prompts))
         first = self._first_step(edit, strength, steps)
         base = self._base(resize, size, edit, latents)
 
@@ -262,16 +238,19 @@ class LatentDiffusion:
             "width": size[1],
             "model": self.name,
             "precision": self.precision or str(self.dtype).removeprefix("torch."),
-            # Only what was asked for, so that a plain picture has a short capsule.
-            **({"guidance_interval": list(interval)} if guidance_interval is not None else {}),
-            **({"guidance_rescale": rescale} if rescale else {}),
-            **({"resize": resize} if base != size else {}),
-            **({"init_image": request.named(init_image), "strength": strength} if edit is not None else {}),
-            **({"mask": request.named(mask)} if mask is not None else {}),
-            **({"latents": "given"} if latents is not None else {}),
-            **({"tile": tile} if tile is not None else {}),
-            **({"safety": safety if isinstance(safety, str) else "given"} if checker is not None else {}),
         }
+        only_if_asked = {
+            "guidance_interval": None if guidance_interval is None else list(interval),
+            "guidance_rescale": rescale or None,
+            "resize": None if base == size else resize,
+            "init_image": None if edit is None else request.named(init_image),
+            "strength": strength,
+            "mask": None if mask is None else request.named(mask),
+            "latents": None if latents is None else "given",
+            "tile": tile,
+            "safety": safety if safety is None or isinstance(safety, str) else "given",
+        }
+        settings |= {name: value for name, value in only_if_asked.items() if value is not None}
         return Samples(images, z, seeds, prompts, cut[job.positive], flagged, settings)
 
     def save(self, path: str | Path) -> None:
@@ -313,9 +292,8 @@ class LatentDiffusion:
         image: Picture | None,
         mask: Picture | None,
         latents: Tensor | None,
-        height: int | None,
-        width: int | None,
-        num_images: int,
+        sides: tuple[Any, Any],
+        each: int,
         n: int,
     ) -> tuple[_Edit | None, tuple[int, int]]:
         """The size of the picture, which an image or latents set, and what an image gives."""
@@ -327,11 +305,11 @@ class LatentDiffusion:
                 raise ValueError("this is an inpainting model: give init_image= and mask=")
             if latents is None:
                 own = self.defaults
-                return None, (request.size("height", height, own.height), request.size("width", width, own.width))
-            sides = [DOWNSAMPLING * side for side in request.latents(latents, n, latents.shape[1]).shape[2:]]
-            return None, request.agreed_size("latents", height, width, sides)
+                return None, (request.size("height", sides[0], own.height), request.size("width", sides[1], own.width))
+            shape = [DOWNSAMPLING * side for side in request.latents(latents, n, latents.shape[1]).shape[2:]]
+            return None, request.agreed_size("latents", *sides, shape)
         x = request.picture("init_image", image)
-        size = request.agreed_size("init_image", height, width, x.shape[2:])
+        size = request.agreed_size("init_image", *sides, x.shape[2:])
         if latents is not None and tuple(latents.shape[2:]) != (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING):
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)} do not fit an image of {size[0]}×{size[1]} pixels"
@@ -339,17 +317,17 @@ class LatentDiffusion:
         if mask is None:
             if paints:
                 raise ValueError("this is an inpainting model: give mask=")
-            return _Edit(request.an_image("init_image", self._encode(x), num_images, n)), size
+            return _Edit(request.an_image("init_image", self._encode(x), each, n)), size
         full = request.mask(mask, size)
         if len({len(full), len(x), 1}) > 2:
             raise ValueError(f"{len(full)} masks for {len(x)} images; give one, or one an image")
         small = F.interpolate(full, scale_factor=1 / DOWNSAMPLING, mode="nearest")
-        z, m = self._encode(x), request.an_image("mask", small, num_images, n)
+        z, m = self._encode(x), request.an_image("mask", small, each, n)
         channels = None
         if paints:
             kept = self._encode(x * (1.0 - full))  # one of them may be for all
-            channels = torch.cat([m, request.an_image("init_image", kept, num_images, n)], dim=1)
-        return _Edit(request.an_image("init_image", z, num_images, n), None if paints else m, channels), size
+            channels = torch.cat([m, request.an_image("init_image", kept, each, n)], dim=1)
+        return _Edit(request.an_image("init_image", z, each, n), None if paints else m, channels), size
 
     def _first_step(self, edit: _Edit | None, strength: float | None, steps: int) -> int:
         """Index of the grid where the trajectory begins: 0, or later for an image that is to be changed in part."""

@@ -16,25 +16,15 @@ from ldm import provenance
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures, prompt-major: image i has the i-th seed.
+    """Pictures, prompt-major: image i has the i-th seed."""
 
-    Attributes:
-        images: float32 (n, 3, h, w) in [-1, 1].
-        latents: what they were decoded from, scaled to unit variance, float32 (n, 4, h/8, w/8).
-        seeds: one an image.
-        prompts: one an image.
-        truncated: whether an image's prompt was cut to 77 tokens, bool (n,).
-        flagged: whether a safety checker flagged and blurred an image, bool (n,); all false where none was asked for.
-        settings: everything else that made them.
-    """
-
-    images: Tensor
-    latents: Tensor
-    seeds: list[int]
-    prompts: list[str]
-    truncated: Tensor
-    flagged: Tensor
-    settings: dict[str, Any] = field(default_factory=dict)
+    images: Tensor  # float32 (n, 3, h, w) in [-1, 1]
+    latents: Tensor  # what they were decoded from, scaled to unit variance, float32 (n, 4, h/8, w/8)
+    seeds: list[int]  # one an image
+    prompts: list[str]  # one an image
+    truncated: Tensor  # whether an image's prompt was cut to 77 tokens, bool (n,)
+    flagged: Tensor  # whether a safety checker flagged and blurred it, bool (n,); all false where none was asked for
+    settings: dict[str, Any] = field(default_factory=dict)  # everything else that made them
 
     def pil(self) -> list[Image.Image]:
         """The pictures as PIL images, 8 bits."""

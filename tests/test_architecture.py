@@ -36,10 +36,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "pipeline": frozenset({*CORE, *AROUND, "convert", "provenance", "randomness"}),  # convert: to export
     "checkpoint": frozenset({*CORE, "provenance", "randomness"}),
     "batch": frozenset({"pipeline", "samples", "request", "provenance"}),
-    **{room: _MODEL for room in ("loading", "convert", "make_bundle")},
+    **{room: _MODEL for room in ("loading", "convert")},
     "": _MODEL,
     "data": frozenset({"randomness"}),
-    "evaluation": frozenset({"diffusion", "pipeline", "samples", "checkpoint", "loading", "data", "randomness"}),
+    "evaluation": frozenset({"autoencoder", "pipeline", "samples", "checkpoint", "loading", "data", "randomness"}),
     "training": _MODEL | {"data", "evaluation"},
     "experiments": _MODEL | {"", "data", "evaluation", "training"},
     "cli": _MODEL | {"", "batch", "data", "evaluation", "training", "experiments"},

@@ -37,7 +37,8 @@ negative_prompt=        what to push away from
 num_images=1            pictures a prompt
 steps=50                1 to 1000                        (12 for sampler=auto)
 guidance_scale=         1 is no guidance                 (what the model recommends)
-sampler=ddim            {samplers}
+sampler=ddim            {samplers_1}
+                        {samplers_2}
 grid=                   {grids}                  (the model's own)
 seed=0                  of the first picture; null draws one; [3,7] gives one each
 height= width=          multiples of 8                   (the model's own)

@@ -10,11 +10,13 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Mapping
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from torch import nn
 
 from ldm.autoencoder import Autoencoder
@@ -30,40 +32,10 @@ from ldm.unet import UNet
 
 INDEX = "model_index.json"
 _FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_CLASSES = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-            "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", "DDIMScheduler"]}  # fmt: skip
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
-# Before 0.13, the parts of the autoencoder's attention were named so.
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-# For each part: their settings ↔ our arguments; those of which the code holds one value; those that change nothing here
-# or are read by hand. Any other is refused, unless it is off. diffusers' attention_head_dim is the number of heads.
-_UNET = {"block_out_channels": "widths", "layers_per_block": "num_blocks", "attention_head_dim": "num_heads",
-         "cross_attention_dim": "context_dim", "in_channels": "in_channels", "out_channels": "out_channels",
-         "dropout": "dropout", "use_linear_projection": "linear_projections"}  # fmt: skip
-_UNET_FIXED = {
-    "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5,
-    "transformer_layers_per_block": 1, "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
-}  # fmt: skip
-_UNET_FREE = ("sample_size", "upcast_attention", "addition_embed_type_num_heads")
-_VAE = {"block_out_channels": "widths", "layers_per_block": "num_blocks", "latent_channels": "latent_channels"}
-_VAE_FIXED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True,
-              "use_post_quant_conv": True, "mid_block_add_attention": True}  # fmt: skip
-_VAE_FREE = ("sample_size", "force_upcast", "scaling_factor")
-_TEXT = {"hidden_size": "width", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-         "vocab_size": "vocab_size", "hidden_act": "activation"}  # fmt: skip
-_SCHEDULE = {"beta_schedule": "name", "num_train_timesteps": "num_steps", "beta_start": "beta_start",
-             "beta_end": "beta_end", "rescale_betas_zero_snr": "zero_terminal"}  # fmt: skip
-# The first five are read by hand; the others are of one sampler's way, not of the weights: our samplers have their own.
-_SCHEDULER_FREE = """prediction_type timestep_spacing steps_offset set_alpha_to_one clip_sample
-    skip_prk_steps sample_max_value clip_sample_range dynamic_thresholding_ratio use_karras_sigmas
-    use_exponential_sigmas use_beta_sigmas interpolation_type sigma_min sigma_max final_sigmas_type solver_order
-    solver_type algorithm_type lower_order_final euler_at_final lambda_min_clipped predict_x0 disable_corrector solver_p
-    use_lu_lambdas flow_shift time_shift_type variance_type original_inference_steps timestep_scaling"""
+# Facts of the format, and what each setting of theirs is here.
+_FACTS: dict[str, Any] = yaml.safe_load((resources("ldm") / "assets" / "diffusers.yaml").read_text())
+_STEMS, _CLASSES, _PREDICTIONS = _FACTS["stems"], _FACTS["classes"], _FACTS["predictions"]
+_UNET, _VAE, _TEXT, _SCHEDULE = _FACTS["unet"], _FACTS["vae"], _FACTS["text"], _FACTS["schedule"]
 _BEGIN_AT_LINSPACE = ("Euler", "LMS", "Heun", "DPM", "KDPM", "UniPC", "DEIS")  # where a config is silent
 # A config may leave these out: what our constructors take then is what theirs do.
 _OPTIONAL = {*_SCHEDULE, "attention_head_dim", "dropout", "use_linear_projection", "hidden_act"}
@@ -72,12 +44,12 @@ _OPTIONAL = {*_SCHEDULE, "attention_head_dim", "dropout", "use_linear_projection
 def _unet_fixed(attention: list[bool]) -> dict[str, Any]:
     downs = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention]
     ups = [kind.replace("Down", "Up") for kind in reversed(downs)]
-    return _UNET_FIXED | {"down_block_types": downs, "up_block_types": ups}
+    return _UNET["fixed"] | {"down_block_types": downs, "up_block_types": ups}
 
 
 def _vae_fixed(levels: int) -> dict[str, Any]:
     downs, ups = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels
-    return _VAE_FIXED | {"down_block_types": downs, "up_block_types": ups}
+    return _VAE["fixed"] | {"down_block_types": downs, "up_block_types": ups}
 
 
 def _text_fixed(width: int) -> dict[str, Any]:
@@ -150,14 +122,14 @@ def _arguments(
 
 def _unet(folder: Path, config: Mapping[str, Any], source: Source) -> UNet:
     attention = [kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"]]
-    arguments = _arguments(folder, config, _UNET, _unet_fixed(attention), _UNET_FREE)
+    arguments = _arguments(folder, config, _UNET["renamed"], _unet_fixed(attention), _UNET["free"])
     return build(UNet, arguments | {"attention": attention}, source, DIFFUSERS)
 
 
 def _autoencoder(folder: Path, config: Mapping[str, Any], source: Source) -> Autoencoder:
-    arguments = _arguments(folder, config, _VAE, _vae_fixed(len(config["block_out_channels"])), _VAE_FREE)
+    arguments = _arguments(folder, config, _VAE["renamed"], _vae_fixed(len(config["block_out_channels"])), _VAE["free"])
     old = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
-    source = source.renamed(lambda name: old.sub(lambda found: _OLD_ATTENTION[found[0]], name))
+    source = source.renamed(lambda name: old.sub(lambda found: _FACTS["old_attention"][found[0]], name))
     return build(Autoencoder, arguments, source, DIFFUSERS, scale=config.get("scaling_factor", SD_SCALE))
 
 
@@ -180,7 +152,7 @@ def _text_encoder(folder: Path, config: Mapping[str, Any], source: Source) -> Te
 def _scheduler(path: Path) -> dict[str, Any]:
     """Schedule, prediction and grid."""
     config = read_json(path)
-    schedule = Schedule(**_arguments(path, config, _SCHEDULE, {"timestep_type": "discrete"}, _SCHEDULER_FREE.split()))
+    schedule = Schedule(**_arguments(path, config, _SCHEDULE, {"timestep_type": "discrete"}, _FACTS["scheduler_free"]))
     kind, said = str(config.get("_class_name")), config.get("prediction_type", "epsilon")
     grid = config.get("timestep_spacing", "linspace" if kind.startswith(_BEGIN_AT_LINSPACE) else "leading")
     # StableDiffusionPipeline takes an offset of 0 for 1 and clip_sample=true for false, and so do we: both are known
@@ -261,11 +233,11 @@ def _configs(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
     # The shortest decimal that gives the same standard deviation again: 0.18215, not 0.18214999.
     decimals = (float(f"{1.0 / std.item():.{digits}g}") for digits in range(1, 18))
     parts: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = {
-        "unet": (unet, _UNET, _unet_fixed(unet["attention"]) | {
+        "unet": (unet, _UNET["renamed"], _unet_fixed(unet["attention"]) | {
             "attention_head_dim": heads[0] if len({*heads}) == 1 else heads,
             "sample_size": height if height == width else [height, width],
         }),
-        "vae": (vae, _VAE, _vae_fixed(len(vae["widths"])) | {
+        "vae": (vae, _VAE["renamed"], _vae_fixed(len(vae["widths"])) | {
             "scaling_factor": next(scale for scale in decimals if torch.tensor(1.0 / scale, dtype=std.dtype) == std),
             "sample_size": defaults.height,
         }),

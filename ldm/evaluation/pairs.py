@@ -41,21 +41,13 @@ def hash_order(names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class RealImages:
-    """A data set as the scorer sees it.
-
-    Attributes:
-        features: of N images.
-        keys: of the samples, N.
-        concepts: what is drawn, N.
-        styles: how, words of ldm.data.STYLES, N.
-        in_probe: whether the style probe may learn from an image, bool (N,).
-    """
+    """A data set of N images as the scorer sees it."""
 
     features: Features
     keys: list[str]
-    concepts: list[str]
-    styles: list[str]
-    in_probe: Tensor
+    concepts: list[str]  # what is drawn
+    styles: list[str]  # how, words of ldm.data.STYLES
+    in_probe: Tensor  # whether the style probe may learn from an image, bool (N,)
 
 
 def training_choice(name: str) -> list[str]:

@@ -6,44 +6,21 @@ Stands at ``image ─ autoencoder.encode ─► z ─ autoencoder.decode ─► 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from ldm.autoencoder import Autoencoder
 from ldm.data import ShardDataset, decode_image, emoji_dataset, to_tensor
 
 ACTIVE = 0.01  # a unit is active if the variance of its posterior mean over the data exceeds this
 
 
-class PosteriorLike(Protocol):
-    """q(m | x), as far as this page looks; see ldm.autoencoder.Posterior."""
-
-    @property
-    def mean(self) -> Tensor:
-        """Shape (n, c, h/8, w/8)."""
-
-    def kl(self) -> Tensor:
-        """To N(0, 1), in nats, summed over the units of an image, shape (n,)."""
-
-
-class AutoencoderLike(Protocol):
-    """An autoencoder as this page sees it; see ldm.autoencoder.Autoencoder."""
-
-    def posterior(self, x: Tensor) -> PosteriorLike:
-        """q(m | x) of images (n, 3, h, w)."""
-
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The mode of the posterior, or a sample if a generator is given, scaled to unit variance."""
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Images (n, 3, h, w)."""
-
-
 @torch.inference_mode()
 def evaluate_autoencoder(
-    autoencoder: AutoencoderLike,
+    autoencoder: Autoencoder,
     name: str = "emoji",
     splits: Sequence[str] = ("heldout_pairs", "heldout_concepts"),
     batch_size: int = 16,
@@ -77,7 +54,7 @@ def evaluate_autoencoder(
 
 
 def _evaluate(
-    autoencoder: AutoencoderLike,
+    autoencoder: Autoencoder,
     samples: ShardDataset,
     split: str,
     batch_size: int,

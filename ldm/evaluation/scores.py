@@ -18,24 +18,16 @@ METRICS = ("concept_r1", "concept_r5", "style", "pair")
 
 @dataclass(frozen=True)
 class PairScores:
-    """What the scorer said of n pictures.
+    """What the scorer said of n pictures."""
 
-    Attributes:
-        concepts: asked for, n.
-        styles: asked for, n.
-        nearest: concept of the nearest real image by another hand, n.
-        predicted_styles: by the probe, n.
-        ranks: of the concept among its candidates, had the picture been asked for in each style (whose hand the
-            gallery then leaves out), 1 is first, int64 (n, 4) in the order of ldm.data.STYLES.
-        num_candidates: int64 (n,).
-    """
-
-    concepts: list[str]
-    styles: list[str]
-    nearest: list[str]
-    predicted_styles: list[str]
+    concepts: list[str]  # asked for
+    styles: list[str]  # asked for
+    nearest: list[str]  # concept of the nearest real image by another hand
+    predicted_styles: list[str]  # by the probe
+    # Of the concept among its candidates, had the picture been asked for in each style (whose hand the gallery then
+    # leaves out); 1 is first, int64 (n, 4) in the order of ldm.data.STYLES.
     ranks: Tensor
-    num_candidates: Tensor
+    num_candidates: Tensor  # int64 (n,)
 
     def metrics(self) -> dict[str, np.ndarray]:
         """0 or 1 a picture for each of METRICS, float64 (n,)."""

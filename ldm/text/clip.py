@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTokenizer
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 48894  # the rest of the vocabulary's file is no part of CLIP
-# Begin, end, English endings, words, single digits, runs of signs; what is between them is dropped.
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -35,15 +33,12 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def make_tokenizer(
-    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str | AddedToken] = ()
-) -> str:
-    """A tokenizers' JSON of CLIP's kind.
+def make_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> str:
+    """A tokenizers' JSON of CLIP's kind, as transformers builds it.
 
     Args:
         vocabulary: ids by token.
         merges: pairs, the first to merge first.
-        special: tokens that are found in the text before anything else, beside begin and end; or other flags for these.
 
     Raises:
         ValueError: if begin or end are not in the vocabulary.
@@ -51,26 +46,7 @@ def make_tokenizer(
     for token in (BEGIN, END):
         if token not in vocabulary:
             raise ValueError(f"a vocabulary of {len(vocabulary)} tokens without {token} is not CLIP's")
-    model = models.BPE(
-        vocab=dict(vocabulary),
-        merges=list(merges),
-        unk_token=END,
-        continuing_subword_prefix="",
-        end_of_word_suffix="</w>",
-        fuse_unk=False,
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    split = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (END, vocabulary[END]), (BEGIN, vocabulary[BEGIN]), trim_offsets=False, add_prefix_space=False
-    )
-    own = {str(token.content if isinstance(token, AddedToken) else token) for token in special}
-    tokenizer.add_special_tokens([*(token for token in (BEGIN, END) if token not in own), *special])
-    return tokenizer.to_str()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges)).backend_tokenizer.to_str()
 
 
 @lru_cache(maxsize=1)

@@ -22,17 +22,11 @@ _LENGTHS = (16, 32, MAX_TOKENS)
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised prompts.
+    """Tokenised prompts."""
 
-    Attributes:
-        ids: token ids, begin and end tokens included, padded, int64 (n, 77).
-        lengths: tokens before the padding, int64 (n,).
-        truncated: whether a prompt was cut to 77 tokens, bool (n,).
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    truncated: Tensor
+    ids: Tensor  # begin and end tokens included, padded, int64 (n, 77)
+    lengths: Tensor  # tokens before the padding, int64 (n,)
+    truncated: Tensor  # whether a prompt was cut to 77 tokens, bool (n,)
 
 
 class TextEncoder(nn.Module):

@@ -24,19 +24,12 @@ from ldm.training.diffusion import DiffusionTraining
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often what happens, in optimiser steps.
+    """How often what happens, in optimiser steps."""
 
-    Attributes:
-        checkpoint: between checkpoints.
-        keep: how many of them are kept.
-        validation: between validations.
-        pictures: between sample grids; 0 draws none.
-    """
-
-    checkpoint: int = 1000
-    keep: int = 2
-    validation: int = 500
-    pictures: int = 1000
+    checkpoint: int = 1000  # between checkpoints
+    keep: int = 2  # how many of them are kept
+    validation: int = 500  # between validations
+    pictures: int = 1000  # between sample grids; 0 draws none
 
     def __post_init__(self) -> None:
         if min(self.checkpoint, self.keep, self.validation) < 1 or self.pictures < 0:

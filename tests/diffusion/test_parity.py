@@ -13,7 +13,7 @@ import torch
 
 from ldm.diffusion import SAMPLERS, Grid, Schedule, make_grid
 from ldm.diffusion.samplers import in_lambda
-from ldm.evaluation.solvers import Mixture
+from tests.benchmarks.solvers import Mixture
 
 diffusers = pytest.importorskip("diffusers")
 

