@@ -45,7 +45,8 @@ def main() -> None:
     for scale in SCALES:
         cells: list[str] = []
         for split in ("heldout_pairs", "train"):
-            score = evaluate_pairs(model, "emoji48", split, SEEDS, **FAST, guidance_scale=scale, scorer=scorer)["generated"]
+            how = {"seeds": SEEDS, "guidance_scale": scale, "scorer": scorer, **FAST}
+            score = evaluate_pairs(model, "emoji48", split, **how)["generated"]
             for name in ("concept_r1", "concept_r5", "style", "pair"):
                 cells.append(f"{score[name]['value']:.3f}")
         rows.append([f"{scale:g}", *cells, f"{diversity(model, scorer, scale, prompts):.3f}"])
@@ -53,7 +54,7 @@ def main() -> None:
         sys.stdout.flush()
         pictures.append(model.sample(list(SHOWN), guidance_scale=scale, num_images=2, seed=0, **FAST).grid(columns=8))
     heads = ["s", *(f"{what}, {split}" for split in ("held out", "train") for what in ("R@1", "R@5", "style", "pair"))]
-    said = f"{SEEDS} seeds a pair, 12 steps of sampler=auto; diversity over 16 training prompts of four seeds. {machine()}"
+    said = f"{SEEDS} seeds a pair, 12 steps of sampler=auto; diversity over 16 training prompts. {machine()}"
     write("sampling.md", "table", [said, "", table([*heads, "diversity"], rows)])
     sheet = Image.new("RGB", (pictures[0].width, sum(p.height + 4 for p in pictures)), "white")
     for i, picture in enumerate(pictures):
