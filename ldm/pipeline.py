@@ -29,8 +29,9 @@ from ldm.unet import UNet
 from ldm.winograd import accelerated
 
 Callback = Callable[[int, int, Tensor], None]
-# resize="refine": the part of the steps that is taken anew at the target size.
-REFINED = 0.6
+# resize="refine": the timestep whose noise is added at the target size. More lets a model that knows one size alone
+# begin to draw several pictures again.
+REFINE_FROM = 20.0
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ class LatentDiffusion:
             strength: part of the steps that change it, in (0, 1]; None is 0.8, or 1 with a mask.
             mask: where to paint anew (1, white) and what to keep (0, black), of the image's size.
             resize: how a size that is not the model's is reached: ``"native"`` denoises at that size;
-                ``"interpolate"`` at the model's, and resizes the latents; ``"refine"`` does so, adds noise again, and
-                takes the last steps at the target.
+                ``"interpolate"`` at the model's, and resizes the latents; ``"refine"`` resizes the pixels, adds a
+                little noise, and takes the last steps at the target.
             batch_size: images at a time; changes speed and memory alone.
             tile: latents a side that the autoencoder decodes at a time, for less memory; None decodes in one piece.
             precision: a key of :data:`ldm.precision.PRECISIONS`, or ``"auto"``, which takes the fastest on this device
@@ -411,11 +412,13 @@ class LatentDiffusion:
 
     def _resize(self, job: _Job, z: Tensor, size: tuple[int, int], times: Grid, how: str) -> Tensor:
         """Latents of the model's own size → those of the target."""
-        shape = (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING)
-        z = F.interpolate(z, shape, mode="bilinear", antialias=True)
         if how == "interpolate":
-            return z
-        first = times.steps - max(1, int(times.steps * REFINED))
+            shape = (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING)
+            return F.interpolate(z, shape, mode="bilinear", antialias=True)
+        # Pixels can be resized without harm; latents cannot: between two of them lies no picture.
+        pixels = self._decode(z, job.batch_size, None)
+        z = self._encode(F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1.0, 1.0))
+        first = min(sum(t > REFINE_FROM for t in times.times), times.steps - 1)
         noise = self._noise(job.seeds, size, "refine")
         start = self._begin(noise, _Edit(z), times, first)
         return self._trajectory(job, start, times.tail(first), stream="refining")

@@ -10,6 +10,7 @@ import gzip
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -46,7 +47,8 @@ def make_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
     for token in (BEGIN, END):
         if token not in vocabulary:
             raise ValueError(f"a vocabulary of {len(vocabulary)} tokens without {token} is not CLIP's")
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges)).backend_tokenizer.to_str()
+    pairs: Any = list(merges)  # transformers takes pairs as well as what its types say
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=pairs).backend_tokenizer.to_str()
 
 
 @lru_cache(maxsize=1)
