@@ -454,7 +454,8 @@ class LatentDiffusion:
         """This model in another precision. It is kept for the next call, until the weights change."""
         precision = choose(precision, self.device)
         weights = [*self.unet.parameters(), *self.autoencoder.parameters()]
-        key = (precision, [(weight.data_ptr(), weight._version) for weight in weights])
+        # Tensors made in inference mode count no versions.
+        key = (precision, [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights])
         if self._twin is None or self._twin[0] != key:
             twin, dtype = copy.copy(self), PRECISIONS[precision]
             if dtype != self.dtype:

@@ -300,6 +300,11 @@ def test_another_precision_follows_weights_that_change(model: LatentDiffusion) -
     assert not torch.allclose(model.sample("a red square", steps=1, precision="bfloat16").latents, first, atol=0.1)
 
 
+@torch.inference_mode()
+def test_another_precision_works_in_inference_mode() -> None:
+    assert torch.isfinite(tiny_model().sample("a red square", steps=1, precision="float32_winograd").images).all()
+
+
 def test_a_safety_checker_blurs_what_it_flags_and_is_off_unless_asked_for(model: LatentDiffusion) -> None:
     def second(images: torch.Tensor) -> torch.Tensor:
         return torch.arange(len(images)) == 1
