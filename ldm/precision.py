@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
@@ -36,8 +37,9 @@ def choose(name: str, device: torch.device) -> str:
     return name
 
 
+@cache
 def seconds(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
-    """The best time of a few square matrix products on the CPU: 2 · size³ FLOP each."""
+    """The best time of a few square matrix products on the CPU, 2 · size³ FLOP each; measured once a process."""
     a = torch.ones(size, size, dtype=dtype)
     best = float("inf")
     for _ in range(repeats):

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILES = 256  # at a time, so that what a block computes stays in the caches
-# A product needs some work to be worth its transforms; measured on two cores with AVX-512.
+# A convolution needs some work to be worth its transforms; measured on two cores with AVX-512.
 LEAST_CHANNELS = 128
+LEAST_FLOP = 2e8
 # The machine as the choice of m sees it; only the ratio counts: FLOP a second, bytes a second.
 _FLOPS, _BYTES = 300e9, 10e9
 _M = TypeVar("_M", bound=nn.Module)
@@ -110,6 +111,8 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) → (n, o, h, w)."""
+        if 18.0 * x.numel() * self.conv.out_channels < LEAST_FLOP:
+            return self.conv(x)
         m = best_m(len(x), x.shape[1], self.conv.out_channels, x.shape[2], x.shape[3])
         if m not in self._transformed:
             self._transformed[m] = transform_weight(self.conv.weight, m)
