@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ldm import randomness, request
 from ldm.autoencoder import Autoencoder
-from ldm.autoencoder.autoencoder import DOWNSAMPLING
+from ldm.autoencoder.autoencoder import DOWNSAMPLING, Upsample
 from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
 from ldm.diffusion import Grid, Prediction, Schedule, evaluations, guided, make_grid, to_x0
 from ldm.diffusion.prediction import check_prediction
 from ldm.precision import PRECISIONS, choose
+from ldm.prepack import prepack
 from ldm.request import Picture
 from ldm.safety import Checker, blur_flagged, make_checker
 from ldm.samples import Samples
@@ -458,9 +459,12 @@ class LatentDiffusion:
         key = (precision, [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights])
         if self._twin is None or self._twin[0] != key:
             twin, dtype = copy.copy(self), PRECISIONS[precision]
-            if dtype != self.dtype:
+            packs = precision == "bfloat16" and self.device.type == "cpu"
+            if dtype != self.dtype or packs:
                 twin.unet = copy.deepcopy(self.unet).to(dtype)
                 twin.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
+            if packs:
+                twin.unet, twin.autoencoder = prepack(twin.unet), prepack(twin.autoencoder, Upsample)
             if precision == "float32_winograd":
                 twin.unet, twin.autoencoder = accelerated(twin.unet), accelerated(twin.autoencoder)
             twin.precision, twin._twin = precision, None

@@ -18,10 +18,10 @@ PRECISIONS = {
 def choose(name: str, device: torch.device) -> str:
     """A key of :data:`PRECISIONS`; ``"auto"`` measures.
 
-    On a GPU, auto is bfloat16 where the GPU computes in it, else float16. On a CPU it is bfloat16 if a matrix product
-    is at least twice as fast in it, else float32 with Winograd's convolutions: processors that have bfloat16
-    instructions differ by a factor of four in what they bring, so their names do not tell. float16 is slow on CPUs and
-    never chosen there.
+    On a GPU, auto is bfloat16 where the GPU computes in it, else float16. On a CPU it is bfloat16, its weights
+    prepacked, if a matrix product is 1.5 times as fast in it, else float32 with Winograd's convolutions: processors
+    that have bfloat16 instructions differ by a factor of four in what they bring, so their names do not tell. float16
+    is slow on CPUs and never chosen there.
 
     Raises:
         ValueError: for an unknown name, or one that does not fit the device.
@@ -29,7 +29,7 @@ def choose(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type == "cuda":
             return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        return "bfloat16" if 2.0 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32_winograd"
+        return "bfloat16" if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32_winograd"
     if name not in PRECISIONS:
         raise ValueError(f"precision={name!r} is unknown; choose one of auto, {', '.join(PRECISIONS)}")
     if name == "float32_winograd" and device.type != "cpu":

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SIBLINGS = ("text", "autoencoder", "unet", "diffusion")
 CORE = (*SIBLINGS, "pipeline", "request", "samples", "checkpoint")
-AROUND = ("precision", "winograd", "safety")  # what a picture can do without
+AROUND = ("precision", "winograd", "prepack", "safety")  # what a picture can do without
 CORE_LINES = 3_000
 PACKAGE_LINES = 8_000
 DOORS = ("ldm.cli", "train", "sample")

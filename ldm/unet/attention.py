@@ -5,14 +5,17 @@ Shapes: n images, c channels, h × w latents, l queries (h·w), m keys (l, or 77
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.unet.layers import NUM_GROUPS
 
-# On a CPU, plain batched products beat the fused kernel while the l × m weights of a head stay in its caches.
+# On a CPU, plain batched products beat the fused kernel while the weights of a head stay in its caches: all l × m of
+# them in float32, or a block of queries at a time in bfloat16, where the products are twice as fast.
 PLAIN_LIMIT = 512 * 512
+BLOCK = 2**19
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,9 +30,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         Shape (n, heads, l, head_dim).
     """
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_LIMIT:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return scores.softmax(dim=-1, dtype=scores.dtype) @ v
+        return _plain(q, k, v)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not q.requires_grad:
+        return _in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1, dtype=scores.dtype) @ v
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A head and BLOCK weights at a time."""
+    out, rows = torch.empty(q.shape, dtype=q.dtype), max(1, BLOCK // k.shape[-2])
+    q, k, v, heads = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v, out))
+    for i in range(len(q)):
+        for top in range(0, q.shape[1], rows):
+            heads[i, top : top + rows] = _plain(q[i, top : top + rows], k[i], v[i])
+    return out
 
 
 class Attention(nn.Module):

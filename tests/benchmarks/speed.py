@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ldm
 from ldm.autoencoder import Autoencoder
 from ldm.evaluation.report import table
+from ldm.prepack import prepack
 from ldm.unet import UNet
 from ldm.winograd import accelerated
 from tests.benchmarks.common import fill, gemm_peak, interleaved, machine, write
@@ -85,6 +86,7 @@ def steps(size: int, peaks: dict[str, float]) -> list[list[object]]:
     ours, peer = _empty(UNet), _empty(_peer_unet)
     fast = accelerated(ours)
     ours16, peer16 = (copy.deepcopy(module).bfloat16() for module in (ours, peer))
+    packed = prepack(copy.deepcopy(ours16))
     return rows(
         {
             PEER: lambda: peer(z, t, context),
@@ -92,6 +94,7 @@ def steps(size: int, peaks: dict[str, float]) -> list[list[object]]:
             "ours float32 (default)": lambda: ours(z, t, context),
             "ours float32_winograd": lambda: fast(z, t, context),
             "ours bfloat16": lambda: ours16(z16, t, context16),
+            "ours precision=bfloat16": lambda: packed(z16, t, context16),
         },
         peaks,
     )
@@ -105,6 +108,7 @@ def decoding(peaks: dict[str, float]) -> list[list[object]]:
     ours.latent_mean.zero_()
     fast = accelerated(ours)
     ours16, peer16 = (copy.deepcopy(module).bfloat16() for module in (ours, peer))
+    packed = prepack(copy.deepcopy(ours16))
     return rows(
         {
             PEER: lambda: peer.decode(z),
@@ -112,6 +116,7 @@ def decoding(peaks: dict[str, float]) -> list[list[object]]:
             "ours float32 (default)": lambda: ours.decode(z),
             "ours float32_winograd": lambda: fast.decode(z),
             "ours bfloat16": lambda: ours16.decode(z.bfloat16()),
+            "ours precision=bfloat16": lambda: packed.decode(z.bfloat16()),
         },
         peaks,
     )
