@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 CLASSES: dict[str, type[nn.Module]] = {"Autoencoder": Autoencoder, "TextEncoder": TextEncoder, "UNet": UNet}
+
+
+class DamagedCheckpoint(UserWarning):
+    """The newest checkpoint of a run is damaged, and an earlier one was taken."""
 
 
 @dataclass
@@ -62,6 +67,7 @@ def save(
 
     Raises:
         ValueError: if a tensor is not finite; nothing is written then.
+        OSError: if it cannot be written; what was begun is taken away, and what was there stays.
     """
     target = Path(folder)
     tensors = {f"{name}.safetensors": dict(module.state_dict()) for name, module in contents.components.items()}
@@ -70,10 +76,33 @@ def save(
         tensors["tensors.safetensors"] = contents.tensors
     for file, weights in tensors.items():
         check_finite(weights, f"{target}/{file}")
+    check_finite(dict(_tensors_in(state or {}, STATE)), str(target))
     part = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    shared = _shareable(share)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _fill(part, contents, tensors, state, _shareable(share))
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        shutil.rmtree(part, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise OSError(f"checkpoint {target} could not be written: {reason}; those before it are untouched") from error
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(
+    part: Path,
+    contents: Contents,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any] | None,
+    shared: Mapping[str, Path],
+) -> None:
+    """All files of a checkpoint, the manifest last."""
     files: dict[str, dict[str, Any]] = {}
     for file, weights in tensors.items():
         data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
@@ -84,8 +113,13 @@ def save(
                 part / f"{name}.tokenizer.json", module.tokenizer_json.encode(), shared
             )
     if state is not None:
-        torch.save(state, part / STATE)
-        files[STATE] = _describe((part / STATE).read_bytes())
+        with open(part / STATE, "wb+") as written:
+            torch.save(state, written)
+            written.flush()
+            os.fsync(written.fileno())
+            written.seek(0)
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+            files[STATE] = {"size": written.tell(), "sha256": digest}
     manifest = {
         "format": FORMAT,
         "components": {
@@ -97,13 +131,16 @@ def save(
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     _write(part / MANIFEST, json.dumps(manifest, indent=1).encode())
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    part.rename(target)
-    _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(part)
+
+
+def _tensors_in(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a training's state, by their place in it."""
+    if isinstance(node, Tensor):
+        yield name, node
+    elif isinstance(node, dict | list | tuple):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _tensors_in(value, f"{name}/{key}")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -245,9 +282,12 @@ def newest(run: str | Path) -> Path:
     for i, folder in enumerate(found):
         try:
             verify(folder)
-            return folder
         except (ValueError, FileNotFoundError) as error:
             fault = error if i == 0 else fault
+            continue
+        if i:
+            warnings.warn(f"{fault}: took {folder.name}, {i} before the newest", DamagedCheckpoint, stacklevel=2)
+        return folder
     raise fault
 
 

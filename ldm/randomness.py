@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -62,3 +62,9 @@ def normal(seed: int, stream: str, position: int, shape: Sequence[int]) -> torch
     angle = 2.0 * np.pi * u[pairs:]
     values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
     return torch.from_numpy(values.astype(np.float32)).reshape(tuple(shape))
+
+
+def normals(seed: int, stream: str, positions: Iterable[int | torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """A row of standard normal numbers for each position, shaped (and placed) as the rows of ``like``."""
+    rows = [normal(seed, stream, int(position), like.shape[1:]) for position in positions]
+    return torch.stack(rows).to(like.device, like.dtype)

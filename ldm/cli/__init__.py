@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ldm.cli.commands import convert, evaluate, index, pack, sample
 from ldm.cli.help import MAIN_HELP
-from ldm.cli.training import train
+from ldm.cli.training import doctor, train
+
+Command = Callable[[list[str]], int | None]  # returns the exit code; None is 0
 
 __all__ = ["door", "main", "sample", "train"]
 
@@ -17,10 +21,11 @@ __all__ = ["door", "main", "sample", "train"]
 def main(argv: Sequence[str] | None = None) -> int:
     """``ldm COMMAND …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Command] = {
         "train": train,
         "sample": sample,
         "evaluate": evaluate,
+        "doctor": doctor,
         "pack": pack,
         "index": index,
         "convert": convert,
@@ -34,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return door(commands[name], rest)
 
 
-def door(command: Callable[[list[str]], None], arguments: list[str]) -> int:
+def door(command: Command, arguments: list[str]) -> int:
     """Run a command; an invalid request becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    warnings.showwarning = _note  # type: ignore[assignment]
     try:
-        command(arguments)
-        return 0
+        return command(arguments) or 0
     except (HydraException, OmegaConfBaseException) as error:
         return _fail(_hydra_message(error))
     except (ValueError, OSError) as error:
@@ -51,6 +56,17 @@ def door(command: Callable[[list[str]], None], arguments: list[str]) -> int:
     except KeyboardInterrupt as error:
         sys.stderr.write(f"{error or 'stopped'}\n")
         return 130
+
+
+_SHOW = warnings.showwarning
+
+
+def _note(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Our own warnings as a line, without their place in the code."""
+    if category.__module__.startswith("ldm."):
+        sys.stderr.write(f"note: {message}\n")
+    else:
+        _SHOW(message, category, *where)
 
 
 def _fail(message: str) -> int:

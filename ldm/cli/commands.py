@@ -25,8 +25,12 @@ def sample(arguments: list[str]) -> None:
     from ldm.loading import BUNDLED, load
 
     if {"-h", "--help"} & set(arguments):
-        names = {"models": " ".join(BUNDLED), "samplers_1": " ".join(list(SAMPLERS)[:9]),
-                 "samplers_2": " ".join((*list(SAMPLERS)[9:], "auto")), "grids": " ".join(GRIDS)}
+        names = {
+            "models": " ".join(BUNDLED),
+            "samplers_1": " ".join(list(SAMPLERS)[:9]),
+            "samplers_2": " ".join((*list(SAMPLERS)[9:], "auto")),
+            "grids": " ".join(GRIDS),
+        }
         sys.stdout.write(SAMPLE_HELP.format(**names))
         return
     defaults = {

@@ -25,6 +25,13 @@ A run folder holds checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C finishe
 All settings with their comments: configs/train.yaml and the folders beside it.
 """
 
+DOCTOR_HELP = """\
+ldm doctor experiment=NAME [key=value ...]
+
+Names what will go wrong in a training, before its first step: takes what train.py takes, trains nothing. Reads every
+shard once. Exit code 2 if something would make the training fail. train.py runs the part that takes no time.
+"""
+
 SAMPLE_HELP = """\
 python sample.py PROMPT [PROMPT ...] [key=value ...]      (ldm sample is the same)
 

@@ -2,61 +2,109 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.help import TRAIN_HELP
+from ldm.cli.help import DOCTOR_HELP, TRAIN_HELP
 from ldm.cli.settings import OVERRIDE, configs, stamp, value_of
+from ldm.data.shards import write_atomically
 
 _SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerator", "trainer.num_nodes",
-                      "trainer.accumulate_grad_batches", "data.num_workers", "checkpoint.", "validation.",
-                      "samples.")  # fmt: skip
+                      "trainer.timeout", "trainer.accumulate_grad_batches", "data.num_workers", "checkpoint.",
+                      "validation.", "samples.")  # fmt: skip
+STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
 _TARGETS = ("ldm.", "pytorch_lightning.loggers.")  # the only classes that a config may name
 
 
-def train(arguments: list[str]) -> None:
-    """``ldm train``."""
+def train(arguments: list[str]) -> int:
+    """``ldm train``; returns the exit code, as docs/trust.md lists them."""
     from omegaconf import OmegaConf
 
     if {"-h", "--help"} & set(arguments):
         names = sorted(str(p.relative_to(configs() / "experiment").with_suffix(""))
                        for p in (configs() / "experiment").rglob("*.yaml"))  # fmt: skip
         sys.stdout.write(TRAIN_HELP.format(experiments=" ".join(names)))
-        return
+        return 0
     bare = [argument for argument in arguments if not OVERRIDE.match(argument)]
     if bare:
         raise ValueError(f"{bare[0]!r} is no setting; write key=value, see --help")
     cfg, resume = compose(arguments)
     check_targets(OmegaConf.to_container(cfg, resolve=False))
-    output = Path(cfg.output)
-    if resume is None and (output / "checkpoints").exists():
+    output, first = Path(cfg.output), rank() == 0
+    if first and resume is None and (output / "checkpoints").exists():
         raise ValueError(f"output={output} holds a run already; go on with it by resume={output}, or name another")
 
     from ldm import checkpoint
+    from ldm.experiments.doctor import quick
     from ldm.training.run import fit
 
     module, data, options = build(cfg)
-    output.mkdir(parents=True, exist_ok=True)
-    saved = output / "config.yaml"
-    OmegaConf.save(cfg, saved)  # not resolved: what an interpolation draws from the environment stays there
-    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    sys.stdout.write(
-        f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
-        f"{cfg.trainer.max_steps} steps of {cfg.data.batch_size} on {cfg.trainer.accelerator}\n"
-        f"results in {output}: checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C saves and stops.\n"
-    )
-    sys.stdout.flush()
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        # Not resolved: what an interpolation draws from the environment stays there.
+        write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg).encode())
+        for finding in quick(module, data, options["trainer"], options["intervals"], output):
+            sys.stderr.write(f"{finding}\n")
+        parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        sys.stdout.write(
+            f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
+            f"{cfg.trainer.max_steps} steps of {cfg.data.batch_size} on {cfg.trainer.accelerator}\n"
+            f"results in {output}: checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C saves and stops.\n"
+        )
+        sys.stdout.flush()
     folder = None if resume is None else checkpoint.newest(resume)
-    step = fit(module, data, output, resume=folder, **options)
+    outcome = fit(module, data, output, resume=folder, **options)
+    # A launcher takes a process that ends with another code than 0 for a failure, and kills the first, which reports.
+    return _report(cfg, output, outcome) if first else 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """``ldm doctor``; the exit code is 2 if something is wrong that makes the training fail."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(DOCTOR_HELP)
+        return 0
+    from ldm.experiments.doctor import quick, thorough
+
+    cfg, _ = compose(arguments)
+    module, data, options = build(cfg, cached=False)
+    found = [*quick(module, data, options["trainer"], options["intervals"], Path(cfg.output))]
+    found += thorough(module, data, options["trainer"])
+    rate = cfg.optimizer.learning_rate
+    sys.stdout.write(
+        "".join(f"{finding}\n" for finding in found)
+        + f"{len(found)} findings; {len(data.train):,} samples, {cfg.data.batch_size} a step on any number of devices, "
+        f"{cfg.trainer.max_steps * cfg.data.batch_size / len(data.train):.1f} epochs, learning rate {rate:g}\n"
+    )
+    return 2 if any(finding.level == "error" for finding in found) else 0
+
+
+def _report(cfg: Any, output: Path, outcome: Any) -> int:
+    """Say how a training ended; returns the exit code."""
+    if outcome.fault is not None:
+        saved = f"not saved ({outcome.refused})" if outcome.refused else f"saved in {output}"
+        sys.stderr.write(f"error: stopped at step {outcome.step}, {saved}: {outcome.fault}\n")
+        return STOPPED_ITSELF
+    if outcome.signal is not None:
+        name = signal.Signals(outcome.signal).name
+        sys.stderr.write(f"stopped by {name} at step {outcome.step}; go on with: resume={output}\n")
+        return 128 + outcome.signal
     if cfg.stage == "diffusion":
         prompt = cfg.samples.prompts[0] if cfg.samples.prompts else "a red apple"
-        sys.stdout.write(f'ended at step {step}; sample it with: python sample.py model={output} "{prompt}"\n')
+        then = f'sample it with: python sample.py model={output} "{prompt}"'
     else:
-        sys.stdout.write(
-            f"ended at step {step}; train on its latents with: python train.py autoencoder.weights={output}\n"
-        )
+        then = f"train on its latents with: python train.py autoencoder.weights={output}"
+    best = f" (best by validation: {outcome.best})" if outcome.best else ""
+    sys.stdout.write(f"ended at step {outcome.step}{best}; {then}\n")
+    return 0
+
+
+def rank() -> int:
+    """This process's number among those of the training, as its launcher says: torchrun, SLURM, Lightning."""
+    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0"))
 
 
 def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
@@ -70,8 +118,13 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
         with initialize_config_dir(str(configs()), version_base=None):
             cfg = hydra_compose("train", overrides=list(arguments))
         if cfg.output is None:
-            cfg.output = f"outputs/{given.get('experiment', 'emoji/diffusion')}/{stamp()}"
-        return cfg, None
+            # The processes that Lightning starts later must not read another time from the clock.
+            name = f"outputs/{given.get('experiment', 'emoji/diffusion')}/{stamp()}"
+            cfg.output = os.environ.setdefault("LDM_OUTPUT", name) if cfg.trainer.devices != 1 else name
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and (Path(cfg.output) / "checkpoints").is_dir()
+        if not requeued:
+            return cfg, None
+        given = {"resume": cfg.output, **{k: v for k, v in given.items() if k.startswith(_SETTINGS_OF_SPEED)}}
     run = Path(given.pop("resume"))
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"resume={run}: no run there (it holds no config.yaml); give the folder of a training")
@@ -101,7 +154,7 @@ def check_targets(node: Any) -> None:
             check_targets(value)
 
 
-def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
+def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     """The module, the data and what else a training takes, from its config."""
     import torch
     from hydra.utils import instantiate
@@ -111,6 +164,7 @@ def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
     from ldm.pipeline import Defaults, LatentDiffusion
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.diffusion import DiffusionTraining
+    from ldm.training.guard import Limits
     from ldm.training.loggers import check_wandb
     from ldm.training.run import Intervals
 
@@ -129,7 +183,8 @@ def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
             if cfg.init is not None:
                 autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
             loss = instantiate(cfg.loss, _convert_="all")
-            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, cfg.ema_decay, cfg.seed)
+            adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
+            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, cfg.ema_decay, cfg.seed, adversarial)
             encoders = None
         else:
             unet = instantiate(cfg.unet, _convert_="all")
@@ -143,7 +198,7 @@ def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
 
                 unet.load_state_dict(load(cfg.init, device="cpu").unet.float().state_dict())
             module = DiffusionTraining(model, optimizer, cfg.caption_dropout, cfg.min_snr, cfg.ema_decay, cfg.seed)
-            encoders = (autoencoder, text_encoder) if cfg.cache else None
+            encoders = (autoencoder, text_encoder) if cfg.cache and cached else None
     data.prepare(cfg.seed, encoders, cfg.validation.images)
     options = {
         "trainer": OmegaConf.to_container(cfg.trainer, resolve=True),
@@ -151,5 +206,6 @@ def build(cfg: Any) -> tuple[Any, Any, dict[str, Any]]:
         "prompts": list(cfg.samples.prompts),
         "loggers": [instantiate(logger, _convert_="all") for logger in cfg.logger.loggers],
         "clip": cfg.clip,
+        "limits": Limits(**cfg.get("guard", {})),
     }
     return module, data, options

@@ -209,7 +209,7 @@ class ShardDataset:
         self.shards = _find(paths)
         entries: dict[str, tuple[int, dict[str, list[Any]]]] = {}
         for number, shard in enumerate(self.shards):
-            for sample in _read_index(shard)["samples"]:
+            for sample in read_index(shard)["samples"]:
                 if sample["key"] in entries:
                     raise ValueError(f"key {sample['key']} is in {self.shards[entries[sample['key']][0]]} and {shard}")
                 entries[sample["key"]] = (number, sample["members"])
@@ -239,6 +239,11 @@ class ShardDataset:
         meta = json.loads(read["json"]) if "json" in read else {}
         return Sample(self.keys[number], image, read["txt"].decode("utf-8").strip("\n"), meta)
 
+    def image_digest(self, number: int) -> str:
+        """The sha256 of an image's file, as the index has it."""
+        members = self._entries[number][1]
+        return str(next(members[extension][2] for extension in IMAGES if extension in members))
+
     def _read(self, shard: int, extension: str, number: int) -> bytes:
         offset, size, digest = self._entries[number][1][extension]
         with open(self.shards[shard], "rb", buffering=0) as file:
@@ -267,7 +272,8 @@ def _find(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def _read_index(shard: Path) -> dict[str, Any]:
+def read_index(shard: Path) -> dict[str, Any]:
+    """The index beside a shard, or that of a scan where there is none."""
     path = index_path(shard)
     if not path.is_file():
         return scan(shard)

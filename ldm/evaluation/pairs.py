@@ -129,9 +129,7 @@ class PairScorer:
         self.network = EfficientNetLite0() if network is None else network
         self.real = load_real(name, self.network) if real is None else real
         styles = torch.tensor([STYLES.index(style) for style in self.real.styles])
-        self.probe = StyleProbe(
-            self.real.features.texture[self.real.in_probe], styles[self.real.in_probe], len(STYLES)
-        )
+        self.probe = StyleProbe(self.real.features.texture[self.real.in_probe], styles[self.real.in_probe], len(STYLES))
         self._centre = self.real.features.pooled.mean(0)
         self._gallery = self._normalise(self.real.features.pooled)  # (N, d)
         self.concepts = hash_order(sorted(set(self.real.concepts)))

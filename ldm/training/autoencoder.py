@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ldm import randomness
-from ldm.autoencoder import Autoencoder, CalibratedLoss
+from ldm.autoencoder import Adversarial, Autoencoder, CalibratedLoss
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.data import ShardDataset, decode_image, to_tensor
@@ -31,8 +31,10 @@ class AutoencoderTraining(pl.LightningModule):
         samples: ShardDataset,  # the training images, for the latent scale
         ema_decay: float = 0.999,
         seed: int = 0,
+        adversarial: Adversarial | None = None,
     ) -> None:
         super().__init__()
+        self.adversarial = adversarial
         self.autoencoder, self.loss = autoencoder.train().requires_grad_(True), loss
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
         self.ema = EMA(autoencoder, ema_decay)
@@ -41,17 +43,21 @@ class AutoencoderTraining(pl.LightningModule):
         """Encode → draw the latents → decode → loss → log."""
         x = batch["image"]
         posterior = self.autoencoder.posterior(x)
-        m = posterior.mean + posterior.std * self.noise(batch["position"], posterior.mean)
+        noise = randomness.normals(self.seed, "posterior", batch["position"], posterior.mean)
+        m = posterior.mean + posterior.std * noise
         reconstruction = self.autoencoder.decode_raw(m)
         parts = self.loss(x, reconstruction, posterior)
+        loss = parts.pop("loss")
+        if self.adversarial is not None:
+            last = self.autoencoder.decoder[-1].weight
+            assert isinstance(last, Tensor)
+            parts |= self.adversarial(x, reconstruction, parts["nll"], last, self.global_step, self._mean_over_ranks)
+            loss = loss + parts["generator"] + parts["discriminator"]
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
-        self.log("loss", parts["loss"].detach(), prog_bar=True, logger=False)
-        return parts["loss"]
+        return loss
 
-    def noise(self, positions: Tensor, like: Tensor) -> Tensor:
-        """The posterior noise of each sample of the batch, shaped as its latents."""
-        rows = [randomness.normal(self.seed, "posterior", int(p), like.shape[1:]) for p in positions]
-        return torch.stack(rows).to(like.device, like.dtype)
+    def _mean_over_ranks(self, gradient: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(gradient, reduce_op="mean")
 
     def validation_step(self, batch: dict[str, Any]) -> None:
         """PSNR of held-out images from the mode, raw and EMA; KL and loss."""
@@ -68,8 +74,11 @@ class AutoencoderTraining(pl.LightningModule):
             self.log(f"val/kl_per_unit{name}", kl, on_epoch=True, sync_dist=True, batch_size=len(x))
 
     def configure_optimizers(self) -> Any:
-        """Adam over the autoencoder and the scale of its likelihood."""
-        return self.optimizer.build([self.autoencoder, self.loss], self.trainer.max_steps)
+        """Adam over the autoencoder, the scale of its likelihood, and the discriminator."""
+        modules: dict[str, list[torch.nn.Module]] = {"": [self.autoencoder, self.loss]}
+        if self.adversarial is not None:
+            modules["_discriminator"] = [self.adversarial]
+        return self.optimizer.build(modules, self.trainer.max_steps)
 
     @torch.no_grad()
     def measure_latent_scale(self) -> None:

@@ -1,12 +1,10 @@
-"""What watches a training: speed, pictures as files, and a stop that loses nothing."""
+"""What watches a training: speed, and pictures as files."""
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -69,31 +67,3 @@ class Pictures(pl.Callback):
         both = torch.cat([x, shown]).float().cpu()
         none = torch.zeros(len(both), dtype=torch.bool)
         return Samples(both, both, [], [], none, none).grid(columns=len(x))
-
-
-class GracefulStop(pl.Callback):
-    """On Ctrl-C or SIGTERM the step is finished and saved; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop after this step."""
-        if self.signal is not None:
-            trainer.should_stop = True
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

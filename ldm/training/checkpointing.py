@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.callbacks import ModelCheckpoint
+import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm import checkpoint
 from ldm.checkpoint import Contents
+from ldm.data.shards import write_atomically
 from ldm.training.ema import AVERAGE
 
 WEIGHTS = "state_dict"  # Lightning's name for the module's weights
+SCORES = "scores.json"
 
 
 class FolderIO(CheckpointIO):
@@ -24,16 +27,26 @@ class FolderIO(CheckpointIO):
         super().__init__()
         self.contents, self.cursor = contents, cursor
         self._last: Path | None = None
+        self.ending = False  # what cannot be saved at the very end is noted, so that the reason of the end is told
+        self.refused: str | None = None
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Called by Lightning on the first rank."""
+        try:
+            self._save(checkpoint_dict, Path(path))
+        except ValueError as error:  # weights that are not finite
+            if not self.ending:
+                raise
+            self.refused = str(error)
+
+    def _save(self, checkpoint_dict: dict[str, Any], path: Path) -> None:
         contents = self.contents()
         contents.settings["cursor"] = {**self.cursor, "step": checkpoint_dict["global_step"]}
         state = {key: value for key, value in checkpoint_dict.items() if key != WEIGHTS}
         prefixes = tuple(f"{name}." for name in contents.raw)
         state["rest"] = {k: v for k, v in checkpoint_dict[WEIGHTS].items() if not k.startswith(prefixes)}
-        checkpoint.save(Path(path), contents, state, share=self._last)
-        self._last = Path(path)
+        checkpoint.save(path, contents, state, share=self._last)
+        self._last = path
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Called by Lightning on every rank; every file is checked against its hash."""
@@ -54,26 +67,63 @@ class FolderIO(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
-class Folders(ModelCheckpoint):
-    """Keeps the last k checkpoints as folders named by step."""
+class Folders(pl.Callback):
+    """Saves every so many steps and at the end, as folders named by step; keeps the last k, and the best.
 
-    FILE_EXTENSION = ""
+    The best is the one of the best validation among those that were validated at their own step; the run's
+    ``scores.json`` keeps what each scored.
+    """
 
-    def __init__(self, run: Path, every: int, keep: int) -> None:
-        super().__init__(
-            dirpath=run / "checkpoints",
-            filename="step-{step:08d}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=every,
-            enable_version_counter=False,
-        )
+    def __init__(self, run: Path, io: FolderIO, every: int, keep: int, metric: str, higher_is_better: bool) -> None:
+        self.run, self.io, self.folder, self.every, self.keep = run, io, run / "checkpoints", every, keep
+        self.metric, self.sign = metric, 1.0 if higher_is_better else -1.0
+        self._saved = -1
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Clear away what a killed process left half-written."""
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Every so many optimiser steps."""
+        if trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last step is kept too, however the training ended."""
-        if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-        super().on_train_end(trainer, pl_module)
+        self.io.ending = True
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save this step, once; called on every rank."""
+        if self._saved != trainer.global_step:
+            self._saved = trainer.global_step
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}")
+            self._prune(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what the checkpoint of this step scored."""
+        name = f"step-{trainer.global_step:08d}"
+        if trainer.is_global_zero and (self.folder / name).is_dir() and self.metric in trainer.callback_metrics:
+            scores = self.scores() | {name: float(trainer.callback_metrics[self.metric])}
+            write_atomically(self.run / SCORES, json.dumps(scores, indent=1).encode())
+            self._prune(trainer)
+
+    def scores(self) -> dict[str, float]:
+        """What each checkpoint that was validated scored."""
+        file = self.run / SCORES
+        scores: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        return {name: score for name, score in scores.items() if (self.folder / name).is_dir()}
+
+    def best(self) -> str | None:
+        """The name of the best one that was validated."""
+        scores = self.scores()
+        return max(scores, key=lambda name: self.sign * scores[name], default=None)
+
+    def _prune(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            names = sorted(path.name for path in self.folder.glob("step-*"))
+            for name in set(names[: -self.keep]) - {self.best()}:
+                shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -11,6 +11,7 @@ from ldm.autoencoder import Autoencoder
 from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
 from ldm.text import TextEncoder
 from ldm.training.cache import CachedSet, LatentCache
+from ldm.training.guard import ignore_signals
 
 
 class DataModule(pl.LightningDataModule):
@@ -75,6 +76,7 @@ class DataModule(pl.LightningDataModule):
             sampler=positions,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_signals,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
 

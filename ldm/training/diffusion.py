@@ -72,8 +72,7 @@ class DiffusionTraining(pl.LightningModule):
         t, eps = self.draw(z, batch["position"])
         error, weight = self.error(self.unet, z, eps, t, context)
         loss = (weight * error).mean()
-        self.log_dict({"train/loss": loss.detach(), "train/mse": error.detach().mean()})
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        self.log("train/mse", error.detach().mean())
         return loss
 
     def encode(self, batch: dict[str, Any], noisy: bool = True) -> tuple[Tensor, Tensor]:
@@ -86,8 +85,9 @@ class DiffusionTraining(pl.LightningModule):
                 posterior = self.model.autoencoder.posterior(batch["image"])
             mean, std = posterior.mean, posterior.std
             context = self.model.text_encoder(batch["caption"])
-        m = mean + std * self.noise("posterior", batch["position"], mean) if noisy else mean
-        return self.model.autoencoder.normalise(m), context
+        if noisy:
+            mean = mean + std * randomness.normals(self.seed, "posterior", batch["position"], mean)
+        return self.model.autoencoder.normalise(mean), context
 
     def drop_captions(self, context: Tensor, positions: Tensor) -> Tensor:
         """Replace the context of a share of the samples by the null context: what guidance needs (2207.12598)."""
@@ -100,12 +100,7 @@ class DiffusionTraining(pl.LightningModule):
         """Timesteps (n,), uniform, and noise shaped as z."""
         steps = self.model.schedule.num_steps
         t = [randomness.integer(self.seed, "timestep", int(p), steps) for p in positions]
-        return torch.tensor(t, device=z.device), self.noise("noise", positions, z)
-
-    def noise(self, stream: str, positions: Tensor, like: Tensor) -> Tensor:
-        """Standard normal noise of each sample, shaped as ``like``."""
-        rows = [randomness.normal(self.seed, stream, int(p), like.shape[1:]) for p in positions]
-        return torch.stack(rows).to(like.device, like.dtype)
+        return torch.tensor(t, device=z.device), randomness.normals(self.seed, "noise", positions, z)
 
     def error(self, unet: torch.nn.Module, z: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of each sample's prediction, and its weight: (n,), (n,)."""
@@ -123,8 +118,8 @@ class DiffusionTraining(pl.LightningModule):
         for k in range(VALIDATION_BINS):
             low, high = k * steps // VALIDATION_BINS, (k + 1) * steps // VALIDATION_BINS
             t = [low + randomness.integer(0, f"validation {k}", int(p), high - low) for p in positions]
-            rows = [randomness.normal(0, f"validation noise {k}", int(p), z.shape[1:]) for p in positions]
-            eps, times = torch.stack(rows).to(z), torch.tensor(t, device=z.device)
+            eps = randomness.normals(0, f"validation noise {k}", positions, z)
+            times = torch.tensor(t, device=z.device)
             for name, unet in (("", self.unet), ("_ema", self.ema.average)):
                 error = self.error(unet, z, eps, times, context)[0].mean()
                 self.log(f"val/mse{name}_t{low}-{high - 1}", error, sync_dist=True, batch_size=len(z))
@@ -144,7 +139,7 @@ class DiffusionTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam over the UNet."""
-        return self.optimizer.build([self.unet], self.trainer.max_steps)
+        return self.optimizer.build({"": [self.unet]}, self.trainer.max_steps)
 
     def contents(self) -> Contents:
         """What a checkpoint keeps: the whole model with the EMA weights, and the raw ones of the UNet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,13 +46,14 @@ class Optimizer:
             return warm * min(1.0, max(0.0, (max_steps - step) / max(1.0, self.cooldown * max_steps)))
         return warm
 
-    def build(self, modules: Iterable[nn.Module], max_steps: int) -> dict[str, Any]:
-        """Optimiser and schedule in the form Lightning takes."""
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
+    def build(self, modules: Mapping[str, Iterable[nn.Module]], max_steps: int) -> dict[str, Any]:
+        """Optimiser and schedule in the form Lightning takes; gradients of one name are clipped together."""
+        groups: list[dict[str, Any]] = []
+        for name, some in modules.items():
+            parameters = [p for module in some for p in module.parameters() if p.requires_grad]
+            matrices, vectors = ([p for p in parameters if (p.ndim >= 2) == wide] for wide in (True, False))
+            groups.append({"params": matrices, "weight_decay": self.weight_decay, "clip": name})
+            groups.append({"params": vectors, "weight_decay": 0.0, "clip": name})
         adam = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.betas), fused=True)  # type: ignore[arg-type]
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: self.factor(step, max_steps))
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

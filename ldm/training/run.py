@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import os
+import signal
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelSummary, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from ldm import checkpoint
 from ldm.data import FixedSet
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.callbacks import GracefulStop, Pictures, Speed
+from ldm.training.callbacks import Pictures, Speed
 from ldm.training.checkpointing import FolderIO, Folders
 from ldm.training.data import DataModule
 from ldm.training.diffusion import DiffusionTraining
+from ldm.training.guard import Guard, Limits
 
 
 @dataclass(frozen=True)
@@ -36,24 +42,15 @@ class Intervals:
             raise ValueError(f"{self}: intervals and keep must be at least 1, pictures at least 0")
 
 
-class Clip(pl.Callback):
-    """Gradient clipping with its norm logged, and a refusal to go on from a gradient that is not finite."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
 
-    def __init__(self, norm: float | None) -> None:
-        self.clip = norm
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Clip by the global norm (which is also what is logged)."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip if self.clip else math.inf)
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"the gradient became {norm.item()} at step {trainer.global_step}; lower optimizer.learning_rate, "
-                "and resume from the last checkpoint"
-            )
-        pl_module.log("train/grad_norm", norm)
+    step: int  # optimiser steps done
+    best: str | None  # name of the checkpoint that scored best, of those that were validated
+    signal: int | None = None  # that stopped it
+    fault: str | None = None  # why it stopped by itself
+    refused: str | None = None  # why its last step is not saved
 
 
 def fit(
@@ -66,8 +63,9 @@ def fit(
     loggers: Sequence[Logger] = (),
     resume: Path | None = None,  # a checkpoint folder
     clip: float | None = 1.0,  # of the gradient's global norm
-) -> int:
-    """Train to ``trainer['max_steps']``; returns the step it ended at, smaller if it was asked to stop.
+    limits: Limits | None = None,
+) -> Outcome:
+    """Train to ``trainer['max_steps']``, or until a signal or a fault stops it; the last step is saved either way.
 
     Raises:
         ValueError: if a resumed run's data, seed or batch are not those of its checkpoint.
@@ -82,35 +80,52 @@ def fit(
         _check_cursor(checkpoint.read_manifest(resume)["settings"]["cursor"], cursor, resume)
     assert data.validation_set is not None
     fixed = data.validation_set if isinstance(data.validation_set, FixedSet) else data.validation_set.items  # type: ignore[attr-defined]
-    stop = GracefulStop()
+    guard = Guard(limits or Limits(), output, clip)
+    stage_one = isinstance(module, AutoencoderTraining)
+    metric = "val/psnr_ema" if stage_one else "val/mse_ema"
+    io = FolderIO(module.contents, cursor)
+    folders = Folders(output, io, intervals.checkpoint, intervals.keep, metric, higher_is_better=stage_one)
     accumulation = trainer.get("accumulate_grad_batches", 1)
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # Guard does the requeueing
     engine = pl.Trainer(
-        **trainer,
+        **_strategy(trainer),
         logger=[_csv(output, resume is not None), *loggers],
         callbacks=[
             module.ema,
-            Clip(clip),
+            guard,
             Speed(data.batch_size),
-            stop,
             Pictures(output / "samples", intervals.pictures, prompts, fixed),
-            Folders(output, intervals.checkpoint, intervals.keep),
+            folders,
             LearningRateMonitor("step"),
             TQDMProgressBar(refresh_rate=10),
             ModelSummary(max_depth=1),
         ],
-        plugins=[FolderIO(module.contents, cursor)],
+        plugins=[io, *slurm],
         max_epochs=-1,
         val_check_interval=intervals.validation * accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         use_distributed_sampler=False,
+        enable_checkpointing=False,  # Folders does it
         default_root_dir=str(output),
     )
     engine.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume))
-    if stop.signal is not None:
-        raise KeyboardInterrupt(f"stopped at step {engine.global_step}; go on with: resume={output}")
-    return engine.global_step
+    if guard.signal == signal.SIGUSR1 and slurm and engine.is_global_zero:
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+    if io.refused is not None and guard.fault is None:
+        raise ValueError(io.refused)
+    return Outcome(engine.global_step, folders.best(), guard.signal, guard.fault, io.refused)
+
+
+def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Several processes by DDP, whose collectives give up after ``timeout`` seconds: a lost rank ends the run."""
+    arguments = {key: value for key, value in trainer.items() if key != "timeout"}
+    devices, nodes = arguments.get("devices", 1), arguments.get("num_nodes", 1)
+    if (devices, nodes) != (1, 1) and arguments.get("strategy", "ddp") == "ddp":
+        limit = timedelta(seconds=trainer.get("timeout", 600))
+        arguments["strategy"] = DDPStrategy(timeout=limit, gradient_as_bucket_view=True)
+    return arguments
 
 
 def _csv(output: Path, resumed: bool) -> CSVLogger:
@@ -119,7 +134,7 @@ def _csv(output: Path, resumed: bool) -> CSVLogger:
     before = file.read_bytes() if resumed and file.is_file() else None
     logger = CSVLogger(output.parent, name=output.name, version="", flush_logs_every_n_steps=10)
     writer = logger.experiment
-    if before is not None:
+    if before is not None and isinstance(writer, ExperimentWriter):  # a dummy on the other ranks
         file.write_bytes(before)
         writer.metrics_keys = before.split(b"\n", 1)[0].decode().strip().split(",")
     return logger

@@ -1,6 +1,6 @@
 """What the guidance scale does to the bundled model: adherence against diversity, as a table and a grid of pictures.
 
-    python -m tests.benchmarks.guidance      # into docs/sampling.md and docs/images/guidance.png; about 10 minutes
+python -m tests.benchmarks.guidance      # into docs/sampling.md and docs/images/guidance.png; about 10 minutes
 """
 
 from __future__ import annotations

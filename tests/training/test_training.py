@@ -104,7 +104,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
 def test_a_run_folder_holds_what_scripts_rely_on(stage: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(stage)
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "samples"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "samples",
+        "scores.json",
+    ]
     names = ["step-00000100", "step-00000200"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
     assert sorted(path.stem for path in (run / "samples").iterdir()) == names
@@ -238,8 +244,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_writes_nothing_broken(
         "optimizer.warmup=1",
         "samples.every=0",
     )
-    assert door(train, arguments(shapes, run, "autoencoder", 50, *more)) == 2
-    assert "lower optimizer.learning_rate" in capsys.readouterr().err
+    assert door(train, arguments(shapes, run, "autoencoder", 50, *more)) == 3
+    err = capsys.readouterr().err
+    assert "5 steps in a row" in err
+    assert "not saved (" in err  # the first step, a finite one, has ruined the weights
     assert not list((run / "checkpoints").glob("step-*"))
 
 

@@ -1,0 +1,1 @@
+"""What drives many trainings, or looks before one."""

@@ -1,0 +1,178 @@
+"""``ldm doctor``: names what will go wrong in a training before its first step. ``train.py`` runs the quick part."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm import randomness
+from ldm.data import FixedSet, PositionSampler
+from ldm.data.shards import read_index
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.data import DataModule
+from ldm.training.diffusion import DiffusionTraining
+from ldm.training.run import Intervals
+
+Module = AutoencoderTraining | DiffusionTraining
+IMAGES = 64  # from which the scale of the latents is measured
+STEPS = 4  # whose samples and noise are compared over ranks
+TERMINAL = 0.02  # √ᾱ of the last timestep above which sampling from pure noise is seen in the pictures: SD's is 0.068
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: ``warning`` (it trains, and disappoints) or ``error`` (it fails)."""
+
+    level: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.what}"
+
+
+def quick(
+    module: Module, data: DataModule, trainer: dict[str, Any], intervals: Intervals, output: Path
+) -> Iterator[Finding]:
+    """What can be told from the settings alone, in milliseconds.
+
+    Args:
+        module: of the training.
+        data: likewise.
+        trainer: arguments of Lightning's Trainer.
+        intervals: of the training.
+        output: its run folder.
+    """
+    devices, accumulation = num_devices(trainer), trainer.get("accumulate_grad_batches", 1)
+    if data.batch_size % (devices * accumulation):
+        yield Finding(
+            "error",
+            f"data.batch_size={data.batch_size} is not divided by {devices} devices × {accumulation} accumulation "
+            f"steps; take a multiple of {devices * accumulation}",
+        )
+    if data.batch_size > len(data.train):
+        yield Finding(
+            "warning",
+            f"data.batch_size={data.batch_size} is more than the {len(data.train)} samples there are: every batch "
+            "repeats some; lower it",
+        )
+    rate = module.optimizer.learning_rate
+    if rate / data.batch_size**0.5 > 1e-3:  # Adam's rate goes with the root of the batch (Malladi et al., 2205.10287)
+        yield Finding(
+            "warning",
+            f"optimizer.learning_rate={rate:g} is high for a batch of {data.batch_size}, which is the same on any "
+            f"number of devices; {1e-3 * data.batch_size**0.5:.1e} is the most that is usual",
+        )
+    if isinstance(module, DiffusionTraining):
+        yield from _diffusion(module)
+    need = checkpoint_bytes(module)
+    free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.is_dir())).free
+    kept = intervals.keep + 2  # one is written beside the others, and the best may be a third
+    if free < kept * need:
+        yield Finding(
+            "warning" if free > 2 * need else "error",
+            f"the disk of {output} has {free / 1e9:.2f} GB left; {kept} checkpoints of {need / 1e9:.2f} GB need "
+            f"{kept * need / 1e9:.2f}; lower checkpoint.keep, or name another output",
+        )
+
+
+def _diffusion(module: DiffusionTraining) -> Iterator[Finding]:
+    model = module.model
+    if module.caption_dropout == 0.0:
+        yield Finding(
+            "warning", "caption_dropout=0: the model never learns the null context, so guidance will not work"
+        )
+    alpha = float(model.schedule.alpha_bar[-1]) ** 0.5
+    if alpha > TERMINAL:
+        yield Finding(
+            "warning",
+            f"the last timestep keeps {alpha:.3f} of the image (√ᾱ): sampling begins from pure noise, which training "
+            "never shows; use diffusion=linear, or schedule.zero_terminal=true with diffusion.prediction=v",
+        )
+
+
+def thorough(module: Module, data: DataModule, trainer: dict[str, Any]) -> Iterator[Finding]:
+    """What must be read or computed to be told: seconds to minutes."""
+    yield from _shards(data)
+    yield from _ranks(module, data, num_devices(trainer))
+    if isinstance(module, DiffusionTraining):
+        null = module.model.text_encoder([""])[0]
+        worst = float((module.model.null_context.to(null) - null).abs().max())
+        if worst > 1e-3 * float(null.abs().max()):
+            yield Finding(
+                "error",
+                f"the null context of the weights differs from the text tower's by up to {worst:.2g}: guidance would "
+                "push away from something else; train with the text tower that the weights had",
+            )
+        yield from _latents(module, data)
+
+
+def _shards(data: DataModule) -> Iterator[Finding]:
+    """Indexes that are no longer those of their shards, and images that are there twice."""
+    shards = {shard for samples in (data.train, data.validation) for shard in samples.shards}
+    digests: Counter[str] = Counter()
+    for shard in sorted(shards, key=str):
+        if isinstance(shard, Path):
+            index = read_index(shard)
+            with open(shard, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != index["sha256"]:
+                    yield Finding("error", f"{shard} is not what its index describes: stale; run: ldm index {shard}")
+    for number in range(len(data.train)):
+        digests[data.train.image_digest(number)] += 1
+    twice = sum(count - 1 for count in digests.values())
+    if twice:
+        yield Finding("warning", f"{twice} of {len(data.train)} training images are there twice under other keys")
+
+
+def _ranks(module: Module, data: DataModule, devices: int) -> Iterator[Finding]:
+    """The samples and the noise that the ranks of a training draw must differ."""
+    devices = max(2, devices)
+    batch = -(-data.batch_size // devices) * devices
+    positions = [list(PositionSampler(batch, 0, STEPS, rank, devices)) for rank in range(devices)]
+    flat = [p for each in positions for p in each]
+    if len(set(flat)) < len(flat):
+        yield Finding("error", f"{len(flat) - len(set(flat))} of {len(flat)} positions are read by more than one rank")
+    like = torch.zeros(1, 4, 4, 4)
+    noise = [randomness.normals(module.seed, "noise", [p], like).numpy().tobytes() for p in flat]
+    if len(set(noise)) < len(set(flat)):
+        yield Finding("error", f"{len(noise) - len(set(noise))} of {len(noise)} samples get the noise of another one")
+
+
+@torch.no_grad()
+def _latents(module: DiffusionTraining, data: DataModule) -> Iterator[Finding]:
+    """The latents that the UNet will see: of zero mean and unit variance a channel?"""
+    items = FixedSet(data.train, data.height, data.width)
+    every = max(1, len(items) // IMAGES)
+    chosen = range(0, len(items), every)
+    encode = module.model.autoencoder.encode
+    z = torch.cat([encode(items[i]["image"][None]).transpose(0, 1).flatten(1) for i in chosen], dim=1)
+    for channel, (mean, std) in enumerate(zip(z.mean(1).tolist(), z.std(1).tolist(), strict=True)):
+        if not 0.7 < std < 1.4 or abs(mean) > 0.5:
+            yield Finding(
+                "error",
+                f"channel {channel} of the latents has mean {mean:.2f} and std {std:.2f} over {len(chosen)} training "
+                "images, not 0 and 1: this autoencoder's scale is not for these data; train one on them",
+            )
+
+
+def num_devices(trainer: dict[str, Any]) -> int:
+    """Processes of a training."""
+    devices = trainer.get("devices", 1)
+    count = devices if isinstance(devices, int) else len(devices) if isinstance(devices, list) else 1
+    return max(1, count) * int(trainer.get("num_nodes", 1))
+
+
+def checkpoint_bytes(module: Module) -> int:
+    """Of a checkpoint: trained weights twice (raw and EMA) and Adam's two moments in float32, the frozen parts once."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    frozen = 0
+    if isinstance(module, DiffusionTraining):
+        parts = (module.model.autoencoder, module.model.text_encoder)
+        frozen = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    return 16 * trained + frozen
