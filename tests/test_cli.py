@@ -214,8 +214,18 @@ def test_every_yaml_is_used_and_what_it_names_is_built(file: Path, monkeypatch: 
     elif group == "trainer":
         import pytorch_lightning as pl
 
+        from ldm.training.run import _strategy
+
         settings = OmegaConf.to_container(cfg.trainer)  # type: ignore[assignment]
-        pl.Trainer(**{**settings, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False})
+        pl.Trainer(
+            **{
+                **_strategy(settings),
+                "accelerator": "cpu",
+                "devices": 1,
+                "logger": False,
+                "enable_checkpointing": False,
+            }
+        )
     elif group == "logger":
         monkeypatch.setenv("WANDB_MODE", "disabled")
         for logger in cfg.logger.loggers:

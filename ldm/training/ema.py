@@ -30,6 +30,10 @@ class EMA(pl.Callback):
         """The copy goes where the model goes."""
         self.average.to(trainer.strategy.root_device)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What was averaged before a resume is not averaged again with the first micro-batch after it."""
+        self._step = trainer.global_step
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -67,8 +67,8 @@ class Guard(pl.Callback):
         self._loss: Tensor | float = 0.0
         self._batch = [0, 0]  # samples of this rank, and how many of them were replaced
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals, from Lightning's handlers too: theirs waits for the other ranks in mid-step."""
         if trainer.world_size > 1:  # on CPUs, so that a step does not wait for the GPU once more
             self._group = dist.new_group(backend="gloo")
         for number in SIGNALS:

@@ -18,6 +18,7 @@ class Optimizer:
     Attributes:
         learning_rate: after the warm-up.
         betas: decay rates of Adam's two moments.
+        eps: added to the root of the second moment; below it a gradient is taken for rounding.
         weight_decay: decoupled, on weights of two or more dimensions alone.
         warmup: steps of linear warm-up.
         decay: ``constant``, ``cosine`` over all the steps, or ``linear`` over the last ``cooldown`` of them.
@@ -26,6 +27,7 @@ class Optimizer:
 
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 0.01
     warmup: int = 500
     decay: Literal["constant", "cosine", "linear"] = "constant"
@@ -54,6 +56,6 @@ class Optimizer:
             matrices, vectors = ([p for p in parameters if (p.ndim >= 2) == wide] for wide in (True, False))
             groups.append({"params": matrices, "weight_decay": self.weight_decay, "clip": name})
             groups.append({"params": vectors, "weight_decay": 0.0, "clip": name})
-        adam = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.betas), fused=True)  # type: ignore[arg-type]
+        adam = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.betas), eps=self.eps, fused=True)  # type: ignore[arg-type]
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: self.factor(step, max_steps))
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
