@@ -55,16 +55,9 @@ def transform_weight(weight: Tensor, m: int) -> Tensor:
 
 
 def convolve(x: Tensor, u: Tensor, bias: Tensor | None, m: int) -> Tensor:
-    """The convolution with padding 1 whose weights were transformed to u.
+    """The convolution with padding 1 whose weights were transformed to u, (k², c, o): (n, c, h, w) → (n, o, h, w).
 
-    Args:
-        x: float32, shape (n, c, h, w), best in channels-last order.
-        u: (k², c, o).
-        bias: (o,) or None.
-        m: 2 or 4.
-
-    Returns:
-        Shape (n, o, h, w), channels-last.
+    x is float32 and best in channels-last order, in which the result is.
     """
     n, c, h, w = x.shape
     k, o = m + 2, u.shape[2]

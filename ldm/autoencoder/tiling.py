@@ -19,14 +19,13 @@ MARGIN = 8  # latents; the growing part of SD's decoder sees 6.25 to each side
 _Sums = tuple[int, Tensor, Tensor]  # of a norm's input by image and group: count, sum, sum of squares, (n, g)
 
 
-def decode_tiled(decoder: nn.Sequential, first_growing: int, m: Tensor, tile: int) -> Tensor:
+def decode_tiled(
+    decoder: nn.Sequential,
+    first_growing: int,  # index of the first layer that changes the size
+    m: Tensor,  # (n, c, h, w)
+    tile: int,  # latents a side, >= 16
+) -> Tensor:
     """What ``decoder(m)`` gives, to the statistics of its group norms, tile by tile.
-
-    Args:
-        decoder: layers in a row.
-        first_growing: index of the first layer that changes the size.
-        m: input, shape (n, c, h, w).
-        tile: latents a side, >= 16.
 
     Raises:
         ValueError: for a tile that is too small.
