@@ -59,7 +59,8 @@ def texts(prompt: str | Sequence[str], negative: str | Sequence[str], num_images
 
 def seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
     """A seed an image: seed + i, the given list, or drawn where None came."""
-    given = list(seed) if isinstance(seed, (list, tuple)) else [secrets.randbelow(2**31) if seed is None else seed]
+    drawn = secrets.randbelow(2**31) if seed is None else seed
+    given: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [drawn]
     for value in given:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"seed {value!r} is not a whole number; the rule is one, a list of one an image, or none")
