@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
 from ldm import provenance, request
 from ldm.pipeline import LatentDiffusion
-from ldm.samples import Samples
+from ldm.samples import sheet
 
 REQUEST = "request.json"
 IN_GRID = 64  # pictures at most in grid.png
@@ -56,27 +54,16 @@ def shared(value: Any) -> Any:
 def draw(
     model: LatentDiffusion,
     prompts: Sequence[str],
-    output: Path,
+    output: Path,  # folder; made if it is not there
     *,
-    negative_prompt: str | Sequence[str] = "",
-    num_images: int = 1,
-    seed: int | Sequence[int] = 0,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-    options: dict[str, Any] | None = None,
+    negative_prompt: str | Sequence[str] = "",  # one for all, or one a prompt
+    num_images: int = 1,  # a prompt
+    seed: int | Sequence[int] = 0,  # of the first picture, or one a picture
+    batch_size: int = 16,  # pictures at a time
+    progress: Progress | None = None,  # called after every step
+    options: dict[str, Any] | None = None,  # what else LatentDiffusion.sample takes
 ) -> Drawn:
     """Draw what is missing of prompts × num_images pictures in a folder, this process's share of it.
-
-    Args:
-        model: what draws.
-        prompts: texts.
-        output: folder; made if it is not there.
-        negative_prompt: one for all, or one a prompt.
-        num_images: pictures a prompt.
-        seed: of the first picture, or one a picture.
-        batch_size: pictures at a time.
-        progress: called after every step.
-        options: what else :meth:`LatentDiffusion.sample` takes.
 
     Raises:
         ValueError: for an invalid request, and if the folder holds pictures of another.
@@ -86,18 +73,18 @@ def draw(
     texts, negatives = request.texts(prompts, negative_prompt, num_images)
     seeds = request.seeds(seed, len(texts))
     rank, world = ranks()
-    asked = {"prompts": texts, "negative_prompts": negatives, "seeds": seeds, "model": model.name}
-    asked |= {key: _plain(value) for key, value in options.items()}
+    asked = {"prompts": texts, "negative_prompts": negatives, "seeds": seeds, "model": model.name, **options}
+    asked = json.loads(json.dumps(asked, default=str))  # as it will be read again
     paths = [output / f"{i:05d}.png" for i in range(len(texts))]
     _claim(output, asked, paths, rank)
     steps = request.plan(options.get("sampler", "ddim"), None, options.get("steps"), "")[2]
     fresh, notes, settings = 0, [], {}
-    for chunk in _shares(len(texts), batch_size, rank, world):
-        missing = [i for i in chunk if not paths[i].exists()]
+    for first in range(rank * batch_size, len(paths), world * batch_size):  # every world-th batch
+        missing = [i for i in range(first, min(first + batch_size, len(paths))) if not paths[i].exists()]
         if not missing:
             continue
 
-        def step(first: int, i: int, x0: Tensor, some: int = len(missing)) -> None:
+        def step(begin: int, i: int, x0: Tensor, some: int = len(missing)) -> None:
             if progress is not None:
                 done = sum(path.exists() for path in paths)
                 progress(done + some * min(1.0, (i + 1) / steps))
@@ -111,23 +98,17 @@ def draw(
         for k, (i, image) in enumerate(zip(missing, out.pil(), strict=True)):
             provenance.write_png(paths[i], image, out.capsule(k))
         fresh, settings = fresh + len(missing), out.settings
-        notes += _notes(out, missing)
+        for flags, what in ((out.truncated, "has a prompt of more than 77 tokens, which was cut"),
+                            (out.flagged, "was flagged by the safety checker and blurred")):  # fmt: skip
+            notes += [f"picture {missing[i]} {what}" for i in flags.nonzero()[:, 0].tolist()]
     if world > 1:
         dist.barrier()
     if rank == 0 and len(paths) > 1:
-        _grid(paths[:IN_GRID], output / "grid.png")
+        first_ones = paths[:IN_GRID]
+        capsules = {"images": [provenance.read_png(path) for path in first_ones]}
+        grid = sheet([Image.open(path).convert("RGB") for path in first_ones])
+        provenance.write_png(output / "grid.png", grid, capsules)
     return Drawn(paths, fresh, notes, settings)
-
-
-def _plain(value: Any) -> Any:
-    """What request.json keeps of an option."""
-    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
-
-
-def _shares(n: int, batch_size: int, rank: int, world: int) -> Iterator[range]:
-    """This process's batches of 0 … n - 1: every world-th one."""
-    for first in range(rank * batch_size, n, world * batch_size):
-        yield range(first, min(first + batch_size, n))
 
 
 def _claim(output: Path, asked: dict[str, Any], paths: Sequence[Path], rank: int, write: bool = False) -> None:
@@ -149,20 +130,3 @@ def _claim(output: Path, asked: dict[str, Any], paths: Sequence[Path], rank: int
         part = output / f".{REQUEST}.{rank}"
         part.write_text(json.dumps(asked, ensure_ascii=False, indent=1))
         os.replace(part, there)
-
-
-def _notes(out: Samples, numbers: Sequence[int]) -> list[str]:
-    cut = [f"the prompt of picture {numbers[i]} is longer than 77 tokens and was cut"
-           for i in out.truncated.nonzero()[:, 0].tolist()]  # fmt: skip
-    flagged = [f"picture {numbers[i]} was flagged by the safety checker and blurred"
-               for i in out.flagged.nonzero()[:, 0].tolist()]  # fmt: skip
-    return cut + flagged
-
-
-def _grid(paths: Sequence[Path], target: Path) -> None:
-    """All pictures in one file, made from theirs."""
-    images = [Image.open(path).convert("RGB") for path in paths]
-    x = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0 for image in images])
-    none = torch.zeros(len(x), dtype=torch.bool)
-    capsules = [provenance.read_png(path) for path in paths]
-    provenance.write_png(target, Samples(x, x, [], [], none, none).grid(), {"images": capsules})

@@ -32,26 +32,22 @@ def find(source: str | Path) -> Path:
     path = Path(source)
     if (path / "checkpoints").is_dir():
         return checkpoint.newest(path)
-    if not path.exists():
-        from ldm.convert import fetch
+    if path.exists():
+        return path
+    from ldm.convert import fetch
 
-        fetched = fetch(str(source))
-        if fetched is None:
-            raise FileNotFoundError(
-                f"no model at {source}: give a bundled name ({', '.join(BUNDLED)}), a run folder, a checkpoint folder, "
-                "a diffusers folder, a .safetensors or a hub id"
-            )
+    if fetched := fetch(str(source)):
         return fetched
-    return path
+    raise FileNotFoundError(
+        f"no model at {source}: give a bundled name ({', '.join(BUNDLED)}), a run folder, a checkpoint folder, "
+        "a diffusers folder, a .safetensors or a hub id"
+    )
 
 
 def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None = None) -> tuple[Contents, str]:
     """What a source holds, ours or of others, and 16 hexadecimal digits that tell its weights from any others.
 
-    Args:
-        source: as for :func:`load`.
-        weights: ``"ema"`` or ``"raw"``.
-        only: names of components; None takes all.
+    ``source`` and ``weights`` are those of :func:`load`; ``only`` names components, None takes all.
     """
     path = find(source)
     if not (path / checkpoint.MANIFEST).is_file():
@@ -90,7 +86,6 @@ def load(
     assert isinstance(unet, UNet)
     assert isinstance(autoencoder, Autoencoder)
     assert isinstance(text_encoder, TextEncoder)
-    settings = contents.settings
     device = _device(device)
     dtype = next(unet.parameters()).dtype
     if device.type == "cpu" and dtype == torch.float16:
@@ -100,16 +95,11 @@ def load(
         module.to("cpu" if offload and module is not unet else device, dtype)
     if device.type == "cuda":  # tensor cores read channels last; on a CPU it changes nothing
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    said = contents.settings
+    defaults = Defaults(said["grid"], said["guidance_scale"], said["height"], said["width"])
+    schedule, null = Schedule(**said["schedule"]), contents.tensors.get("null_context")
     model = LatentDiffusion(
-        unet,
-        autoencoder,
-        text_encoder,
-        Schedule(**settings["schedule"]),
-        settings["prediction"],
-        Defaults(settings["grid"], settings["guidance_scale"], settings["height"], settings["width"]),
-        contents.tensors.get("null_context"),
-        name=name,
-        offload=offload,
+        unet, autoencoder, text_encoder, schedule, said["prediction"], defaults, null, name=name, offload=offload
     )
     return model.to(device, dtype)
 

@@ -59,18 +59,16 @@ def texts(prompt: str | Sequence[str], negative: str | Sequence[str], num_images
 
 def seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
     """A seed an image: seed + i, the given list, or drawn where None came."""
-    if seed is None:
-        seed = secrets.randbelow(2**31)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return [seed + i for i in range(n)]
-    if not isinstance(seed, (list, tuple)):
-        raise ValueError(f"seed={seed!r}: the rule is a whole number, a list of one an image, or none")
-    if len(seed) != n:
-        raise ValueError(f"{len(seed)} seeds for {n} images; give one number, or one an image")
-    for value in seed:
+    drawn = secrets.randbelow(2**31) if seed is None else seed
+    given: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [drawn]
+    for value in given:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"seed {value!r} is not a whole number")
-    return list(seed)
+            raise ValueError(f"seed {value!r} is not a whole number; the rule is one, a list of one an image, or none")
+    if not isinstance(seed, (list, tuple)):
+        return [given[0] + i for i in range(n)]
+    if len(given) != n:
+        raise ValueError(f"{len(given)} seeds for {n} images; give one number, or one an image")
+    return given
 
 
 def guidance_scale(value: Any, default: float, negatives: Sequence[str]) -> float:
@@ -97,15 +95,11 @@ def interval(value: Any, num_steps: int) -> tuple[float, float]:
 
 def size(name: str, value: Any, default: int) -> int:
     """Pixels, a multiple of 8."""
-    size = default if value is None else value
-    if isinstance(size, bool) or not isinstance(size, int) or size < DOWNSAMPLING:
-        raise ValueError(f"{name}={size}: the rule is a multiple of {DOWNSAMPLING}, at least {DOWNSAMPLING}")
-    if size % DOWNSAMPLING:
-        below = size // DOWNSAMPLING * DOWNSAMPLING
-        raise ValueError(
-            f"{name}={size} is not a multiple of {DOWNSAMPLING}; the nearest are {below} and {below + DOWNSAMPLING}"
-        )
-    return size
+    pixels = count(name, default if value is None else value, DOWNSAMPLING)
+    if over := pixels % DOWNSAMPLING:
+        nearest = f"{pixels - over} and {pixels - over + DOWNSAMPLING}"
+        raise ValueError(f"{name}={pixels} is not a multiple of {DOWNSAMPLING}; the nearest are {nearest}")
+    return pixels
 
 
 def latents(value: Tensor, n: int, channels: int) -> Tensor:
@@ -159,20 +153,17 @@ def mask(value: Picture, shape: Sequence[int]) -> Tensor:
     """A mask of an image's size, 1 where to paint anew: float32 (1 or n, 1, h, w), 0 or 1, cut at one half."""
     if isinstance(value, Tensor):
         x = value.detach().float().cpu()
-        x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
+        x = x.reshape((1,) * (4 - x.ndim) + x.shape)  # (h, w) is one mask
         if x.ndim != 4 or x.shape[1] != 1:
-            raise ValueError(
-                f"mask of shape {tuple(value.shape)}: the rule is (height, width) or (n, 1, height, width)"
-            )
+            raise ValueError(f"mask of shape {tuple(value.shape)}: the rule is (h, w) or (n, 1, h, w), in pixels")
         if not ((x >= 0.0) & (x <= 1.0)).all():
             raise ValueError("the mask must lie in [0, 1]: 1 is painted anew, 0 is kept")
     else:
         x = torch.from_numpy(np.array(_opened("mask", value).convert("L")))[None, None].float() / 255.0
-    if tuple(x.shape[2:]) != tuple(shape):
-        raise ValueError(
-            f"the mask is {x.shape[2]}×{x.shape[3]} pixels, the image {shape[0]}×{shape[1]} (height × width); "
-            "give them the same size"
-        )
+    height, width = x.shape[2:]
+    if (height, width) != tuple(shape):
+        sizes = f"the mask is {height}×{width} pixels, the image {shape[0]}×{shape[1]} (height × width)"
+        raise ValueError(f"{sizes}; give them the same size")
     if not (x >= 0.5).any():
         raise ValueError("the mask keeps every pixel (none is 0.5 or above); mark with 1 what to paint anew")
     return (x >= 0.5).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import provenance
+
+
+def sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """Pictures of one size in one, row by row, on white; ``columns`` None makes it about square."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    whole = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        whole.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return whole
 
 
 @dataclass(frozen=True)
@@ -33,14 +45,7 @@ class Samples:
 
     def grid(self, columns: int | None = None, gap: int = 4) -> Image.Image:
         """All pictures in one, row by row, on white."""
-        images = self.pil()
-        columns = columns or math.ceil(math.sqrt(len(images)))
-        width, height = images[0].size
-        rows = math.ceil(len(images) / columns)
-        sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-        for i, image in enumerate(images):
-            sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-        return sheet
+        return sheet(self.pil(), columns, gap)
 
     def capsule(self, i: int) -> dict[str, Any]:
         """What made image i: its prompt, seed and settings."""
@@ -49,10 +54,7 @@ class Samples:
         return {"prompt": self.prompts[i], **own, "seed": self.seeds[i], **rest}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write 00000.png, … and grid.png (of several), each whole or not at all; returns their paths.
-
-        Each picture carries what made it in a text chunk.
-        """
+        """Write 00000.png, … and grid.png (of several), each whole or not at all, with its capsule; their paths."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         paths = [root / f"{i:05d}.png" for i in range(len(self.images))]

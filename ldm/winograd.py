@@ -55,50 +55,34 @@ def transform_weight(weight: Tensor, m: int) -> Tensor:
 
 
 def convolve(x: Tensor, u: Tensor, bias: Tensor | None, m: int) -> Tensor:
-    """The convolution with padding 1 whose weights were transformed to u.
+    """The convolution with padding 1 whose weights were transformed to u, (k², c, o): (n, c, h, w) → (n, o, h, w).
 
-    Args:
-        x: float32, shape (n, c, h, w), best in channels-last order.
-        u: (k², c, o).
-        bias: (o,) or None.
-        m: 2 or 4.
-
-    Returns:
-        Shape (n, o, h, w), channels-last.
+    x is float32 and best in channels-last order, in which the result is.
     """
     n, c, h, w = x.shape
     k, o = m + 2, u.shape[2]
     high, wide = -(-h // m), -(-w // m)  # tiles
     padded = F.pad(x, (1, 1 + wide * m - w, 1, 1 + high * m - h)).contiguous(memory_format=torch.channels_last)
-    width = padded.shape[3]
-    tiles = padded.as_strided(
-        (n, high, wide, k, k, c), (padded.shape[2] * width * c, m * width * c, m * c, width * c, c, 1)
-    )
+    tiles = padded.unfold(2, k, m).unfold(3, k, m).permute(0, 2, 3, 4, 5, 1)  # (n, high, wide, k, k, c)
     b, a = _kron(m, 0), _kron(m, 2)
-    out = x.new_empty(n, high * m, wide * m, o)
+    out = x.new_empty(n, high, m, wide, m, o)
     rows = max(1, TILES // wide)
     for i in range(n):
         for top in range(0, high, rows):
-            part = tiles[i, top : top + rows]
-            p = part.shape[0] * wide
-            v = torch.matmul(b, part.reshape(p, k * k, c))  # Bᵀ d B, (p, k², c)
+            part = slice(top, top + rows)
+            v = torch.matmul(b, tiles[i, part].reshape(-1, k * k, c))  # Bᵀ d B, (p, k², c)
             y = torch.bmm(v.transpose(0, 1), u)  # (k², p, o)
             y = torch.matmul(a, y.transpose(0, 1))  # Aᵀ y A, (p, m², o)
             if bias is not None:
                 y += bias
-            place = out[i, top * m : (top + part.shape[0]) * m].view(part.shape[0], m, wide, m, o)
-            place.copy_(y.view(part.shape[0], wide, m, m, o).permute(0, 2, 1, 3, 4))
-    return out[:, :h, :w].permute(0, 3, 1, 2)
+            out[i, part] = y.view(-1, wide, m, m, o).transpose(1, 2)
+    return out.view(n, high * m, wide * m, o)[:, :h, :w].permute(0, 3, 1, 2)
 
 
 def best_m(n: int, c: int, o: int, h: int, w: int) -> int:
     """2 or 4, whichever should take less time: m = 4 computes less, and reads more weights."""
-
-    def seconds(m: int) -> float:
-        tiles, products = n * -(-h // m) * -(-w // m), (m + 2) ** 2
-        return products * c * o * (2 * tiles / _FLOPS + 4 / _BYTES)
-
-    return min((2, 4), key=seconds)
+    tiles = {m: n * -(-h // m) * -(-w // m) for m in (2, 4)}
+    return min(tiles, key=lambda m: (m + 2) ** 2 * c * o * (2 * tiles[m] / _FLOPS + 4 / _BYTES))
 
 
 class WinogradConv2d(nn.Module):
@@ -113,7 +97,8 @@ class WinogradConv2d(nn.Module):
         """(n, c, h, w) → (n, o, h, w)."""
         if 18.0 * x.numel() * self.conv.out_channels < LEAST_FLOP:
             return self.conv(x)
-        m = best_m(len(x), x.shape[1], self.conv.out_channels, x.shape[2], x.shape[3])
+        n, c, h, w = x.shape
+        m = best_m(n, c, self.conv.out_channels, h, w)
         if m not in self._transformed:
             self._transformed[m] = transform_weight(self.conv.weight, m)
         return convolve(x, self._transformed[m], self.conv.bias, m)

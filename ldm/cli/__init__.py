@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ldm.cli.commands import convert, evaluate, index, pack, sample
-from ldm.cli.help import MAIN_HELP
+from ldm.cli.help import help_of
 from ldm.cli.training import doctor, train
 
 Command = Callable[[list[str]], int | None]  # returns the exit code; None is 0
@@ -21,17 +21,10 @@ __all__ = ["door", "main", "sample", "train"]
 def main(argv: Sequence[str] | None = None) -> int:
     """``ldm COMMAND …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Command] = {
-        "train": train,
-        "sample": sample,
-        "evaluate": evaluate,
-        "doctor": doctor,
-        "pack": pack,
-        "index": index,
-        "convert": convert,
-    }
+    known: tuple[Command, ...] = (train, sample, evaluate, doctor, pack, index, convert)
+    commands = {command.__name__: command for command in known}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(MAIN_HELP)
+        sys.stdout.write(help_of("ldm"))
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
@@ -40,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def door(command: Command, arguments: list[str]) -> int:
-    """Run a command; an invalid request becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    """Run a command, or print its help; an invalid request is one line on stderr and exit code 2, Ctrl-C is 130."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(help_of(command.__name__))
+        return 0
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

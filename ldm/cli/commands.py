@@ -11,48 +11,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.help import CONVERT_HELP, EVALUATE_HELP, INDEX_HELP, PACK_HELP, SAMPLE_HELP
 from ldm.cli.settings import parse, stamp
 
 
 def sample(arguments: list[str]) -> None:
     """``ldm sample``."""
     import torch
+    from tqdm import tqdm
 
     from ldm import precision, request
     from ldm.batch import draw, ranks, shared
-    from ldm.diffusion import GRIDS, SAMPLERS
-    from ldm.loading import BUNDLED, load
+    from ldm.loading import load
 
-    if {"-h", "--help"} & set(arguments):
-        names = {
-            "models": " ".join(BUNDLED),
-            "samplers_1": " ".join(list(SAMPLERS)[:9]),
-            "samplers_2": " ".join((*list(SAMPLERS)[9:], "auto")),
-            "grids": " ".join(GRIDS),
-        }
-        sys.stdout.write(SAMPLE_HELP.format(**names))
-        return
-    defaults = {
-        "model": "emoji", "prompt": None, "prompts_file": None, "negative_prompt": "", "num_images": 1, "steps": None,
-        "guidance_scale": None, "sampler": "ddim", "grid": None, "seed": 0, "height": None, "width": None, "eta": 0.0,
-        "guidance_interval": None, "guidance_rescale": 0.0, "init_image": None, "strength": None, "mask": None,
-        "resize": "native", "batch_size": 16, "tile": None, "precision": None, "compile": False,
-        "offload": False, "safety": None, "weights": "ema", "device": None, "devices": 1, "output": None,
+    own = {
+        "model": "emoji", "prompt": None, "prompts_file": None, "weights": "ema", "device": None, "devices": 1,
+        "compile": False, "offload": False, "output": None,
+    }  # fmt: skip
+    of_draw = {"negative_prompt": "", "num_images": 1, "seed": 0, "batch_size": 16}
+    of_model = {
+        "steps": None, "guidance_scale": None, "sampler": "ddim", "grid": None, "height": None, "width": None,
+        "eta": 0.0, "guidance_interval": None, "guidance_rescale": 0.0, "init_image": None, "strength": None,
+        "mask": None, "resize": "native", "tile": None, "precision": None, "safety": None,
     }  # fmt: skip
     texts = ("model", "prompt", "prompts_file", "negative_prompt", "output", "sampler", "grid", "weights", "device",
              "init_image", "mask", "resize", "precision", "safety")  # fmt: skip
-    settings, prompts = parse(arguments, defaults, texts)
+    settings, prompts = parse(arguments, own | of_draw | of_model, texts)
     if settings["prompt"] is not None:
         prompts.append(settings["prompt"])
     if settings["prompts_file"] is not None:
         prompts += _lines(Path(settings["prompts_file"]))
     if not prompts:
         raise ValueError('no prompt came; give one: python sample.py "a red apple, noto style"')
-    if request.count("devices", settings["devices"]) > 1 and ranks()[1] == 1:
+    rank, world = ranks()
+    if request.count("devices", settings["devices"]) > 1 and world == 1:
         _launch(settings["devices"], arguments)
         return
-    if ranks()[1] > 1 and settings["device"] is None and torch.cuda.is_available():
+    if world > 1 and settings["device"] is None and torch.cuda.is_available():
         settings["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     model = load(settings["model"], settings["weights"], settings["device"], settings["offload"])
     if settings["precision"] is not None:
@@ -60,28 +54,21 @@ def sample(arguments: list[str]) -> None:
     if settings["compile"]:
         _compile(model, prompts, settings)
     output = Path(shared(settings["output"] or f"outputs/samples/{stamp()}"))
-    seed = shared(secrets.randbelow(2**31) if settings["seed"] is None else settings["seed"])
-    own = ("model", "prompt", "prompts_file", "weights", "device", "devices", "output", "seed", "compile",
-           "offload")  # fmt: skip
-    given = ("negative_prompt", "num_images", "batch_size")
-    options = {key: value for key, value in settings.items() if key not in own + given}
-
-    from tqdm import tqdm
-
+    settings["seed"] = shared(secrets.randbelow(2**31) if settings["seed"] is None else settings["seed"])
     start = time.perf_counter()
-    quiet = ranks()[0] > 0 or not sys.stderr.isatty()
+    quiet = rank > 0 or not sys.stderr.isatty()
     with tqdm(desc="sampling", unit="picture", disable=quiet, bar_format=_BAR) as bar:
 
         def progress(done: float) -> None:
-            bar.total = len(prompts) * settings["num_images"]
-            bar.n = done
+            bar.total, bar.n = len(prompts) * settings["num_images"], done
             bar.refresh()
 
-        drawn = draw(model, prompts, output, seed=seed, progress=progress, options=options,
-                     **{key: settings[key] for key in given})  # fmt: skip
+        given = {key: settings[key] for key in of_draw}
+        options = {key: settings[key] for key in of_model}
+        drawn = draw(model, prompts, output, progress=progress, options=options, **given)
     for note in drawn.notes:
         sys.stderr.write(f"note: {note}\n")
-    if ranks()[0] == 0:
+    if rank == 0:
         sys.stdout.write(_account(drawn, time.perf_counter() - start))
 
 
@@ -139,9 +126,6 @@ def _lines(path: Path) -> list[str]:
 
 def evaluate(arguments: list[str]) -> None:
     """``ldm evaluate``."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(EVALUATE_HELP)
-        return
     defaults = {
         "model": "emoji", "data": "emoji48", "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None,
         "sampler": "ddim", "batch_size": 16, "output": None,
@@ -158,9 +142,6 @@ def evaluate(arguments: list[str]) -> None:
 
 def pack(arguments: list[str]) -> None:
     """``ldm pack``."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(PACK_HELP)
-        return
     from ldm.data.pack import pack as pack_shards
 
     settings, bare = parse(arguments, {"size": None}, ())
@@ -172,9 +153,6 @@ def pack(arguments: list[str]) -> None:
 
 def index(arguments: list[str]) -> None:
     """``ldm index``."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(INDEX_HELP)
-        return
     from ldm.data import build_index
 
     if not arguments:
@@ -186,9 +164,6 @@ def index(arguments: list[str]) -> None:
 
 def convert(arguments: list[str]) -> None:
     """``ldm convert``."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(CONVERT_HELP)
-        return
     defaults = {"half": False, "prediction": None, "weights": "ema"}
     settings, bare = parse(arguments, defaults, ("prediction", "weights"))
     if len(bare) != 2:

@@ -1,119 +1,22 @@
-"""What ``--help`` says."""
+"""What ``--help`` says: a text file a command in ``configs/help``, and the names that there are."""
 
-TRAIN_HELP = """\
-python train.py [experiment=NAME] [key=value ...]        (ldm train is the same)
+from __future__ import annotations
 
-Trains one stage. Alone it trains experiment=emoji/diffusion on the data that come with the package.
+from ldm.cli.settings import configs
 
-experiments   {experiments}
-data          emoji48 emoji200 emoji shards (data.train.paths=DIR data.validation.paths=DIR)
-trainer       cpu gpu          logger  csv tensorboard wandb
-autoencoder   emoji sd         unet    emoji sd15         diffusion  linear scaled_linear
 
-output=RUN_DIR                 where everything goes           (outputs/EXPERIMENT/DATE-TIME)
-resume=RUN_DIR                 go on with a run, in place
-init=PATH                      start from the weights of a run or checkpoint
-seed=0                         decides weights, order, noise
-trainer.max_steps=N            optimiser steps
-trainer.devices=2 trainer.accelerator=cpu data.num_workers=2 data.batch_size=32
-optimizer.learning_rate=1e-3   optimizer.decay=constant|cosine|linear
-diffusion.prediction=epsilon|v|x0   min_snr=5   caption_dropout=0.1   loss.beta=0.18
-autoencoder.weights=emoji|PATH stage two: the frozen autoencoder
-checkpoint.every=N             validation.every=N             samples.every=N
+def help_of(command: str) -> str:
+    """The help of a command, or of ``ldm`` itself."""
+    text = (configs() / "help" / f"{command}.txt").read_text(encoding="utf-8")
+    if command == "train":
+        root = configs() / "experiment"
+        names = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+        return text.format(experiments=" ".join(names))
+    if command == "sample":
+        from ldm.diffusion import GRIDS, SAMPLERS
+        from ldm.loading import BUNDLED
 
-A run folder holds checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C finishes the step and saves.
-All settings with their comments: configs/train.yaml and the folders beside it.
-"""
-
-DOCTOR_HELP = """\
-ldm doctor experiment=NAME [key=value ...]
-
-Names what will go wrong in a training, before its first step: takes what train.py takes, trains nothing. Reads every
-shard once. Exit code 2 if something would make the training fail. train.py runs the part that takes no time.
-"""
-
-SAMPLE_HELP = """\
-python sample.py PROMPT [PROMPT ...] [key=value ...]      (ldm sample is the same)
-
-Draws pictures of prompts. A bare argument is a prompt, to the letter; it is a setting exactly if it
-begins with key=
-
-model=emoji             bundled: {models}; a run, checkpoint or diffusers folder, a .safetensors, a hub id
-prompt= prompts_file=   a prompt; a text file with one prompt a line
-negative_prompt=        what to push away from
-num_images=1            pictures a prompt
-steps=50                1 to 1000                        (12 for sampler=auto)
-guidance_scale=         1 is no guidance                 (what the model recommends)
-sampler=ddim            {samplers_1}
-                        {samplers_2}
-grid=                   {grids}                  (the model's own)
-seed=0                  of the first picture; null draws one; [3,7] gives one each
-height= width=          multiples of 8                   (the model's own)
-eta=0                   ddim's η
-guidance_interval=[200,800]  guidance between these timesteps alone      guidance_rescale=0
-init_image=FILE         start from a picture             strength=0.8   part of the steps that change it
-mask=FILE               with init_image: white is painted anew, black is kept
-resize=native           interpolate, refine: begin at the model's own size
-batch_size=16 tile=     pictures at a time; latents a side to decode at a time
-precision=              float32 float32_winograd bfloat16 float16 auto       (that of the weights)
-compile=false           torch.compile the UNet first: for many pictures on a GPU        offload=false  GPU memory
-safety=                 nsfw blurs what Open NSFW flags  (off)
-weights=ema             ema or raw
-device= devices=1       cpu, cuda; processes that share the work (torchrun does as well)
-output=DIR              (outputs/samples/DATE-TIME); a stopped run goes on with what is missing
-
-  python sample.py "a red apple, noto style" num_images=4
-  python sample.py prompts_file=prompts.txt output=pictures guidance_scale=4
-"""
-
-MAIN_HELP = """\
-ldm train      train a stage                    ldm train --help
-ldm sample     draw pictures of prompts         ldm sample --help
-ldm evaluate   score a model or an autoencoder  ldm evaluate --help
-ldm pack       make shards of your own data     ldm pack --help
-ldm index      check a shard and index it       ldm index --help
-ldm convert    weights of others to ours        ldm convert --help
-"""
-
-EVALUATE_HELP = """\
-ldm evaluate [model=emoji] [key=value ...]
-
-Scores a model on the emoji data: pair accuracy (concept and style together) on held-out pairs and on as many
-training pairs, beside real images, chance and a model that ignores the style; and its autoencoder's PSNR.
-
-model=emoji           bundled name, run folder or checkpoint folder; a stage-one run scores the autoencoder alone
-data=emoji48          emoji48 (what the bundled model draws), emoji200 or emoji
-seeds=3               pictures a pair
-limit=                at most so many pairs a split              (all)
-steps=50 guidance_scale= sampler=ddim batch_size=16
-output=DIR            (outputs/evaluation/DATE-TIME)
-"""
-
-PACK_HELP = """\
-ldm pack SOURCE OUT [size=PIXELS]
-
-Makes shards with an index from SOURCE: a folder of images with captions in .txt files of the same name, or a .csv or
-.parquet with columns for the image (path or bytes) and the caption. OUT must not exist. size= shrinks the images.
-"""
-
-INDEX_HELP = """\
-ldm index TAR [TAR ...]
-
-Checks WebDataset tars member by member and writes an index beside each.
-"""
-
-CONVERT_HELP = """\
-ldm convert SOURCE OUT [key=value ...]
-
-Writes a checkpoint folder OUT, which must not exist, from Stable Diffusion 1.x or 2.x weights: a diffusers folder, a
-CompVis single file (.safetensors, or a pickle: .ckpt .pt .pth .bin), a hub id (owner/name), or the folder of an
-autoencoder or a CLIP text tower alone. A pickle is read by a closed list of names: nothing in it is run, and a name
-that no weights need is reported.
-
-half=false              true: float16, half the size
-prediction=             epsilon or v, where the source does not say: single files of SD 2.x
-weights=ema             ema: averaged weights where the source holds both; raw: the others
-
-  ldm convert v1-5-pruned.ckpt models/sd15 half=true
-  python sample.py "a red apple" model=models/sd15
-"""
+        names = [*SAMPLERS, "auto"]
+        lines = {"samplers_1": " ".join(names[:9]), "samplers_2": " ".join(names[9:])}
+        return text.format(models=" ".join(BUNDLED), grids=" ".join(GRIDS), **lines)
+    return text

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.help import DOCTOR_HELP, TRAIN_HELP
 from ldm.cli.settings import OVERRIDE, configs, stamp, value_of
 from ldm.data.shards import write_atomically
 
@@ -24,11 +23,6 @@ def train(arguments: list[str]) -> int:
     """``ldm train``; returns the exit code, as docs/trust.md lists them."""
     from omegaconf import OmegaConf
 
-    if {"-h", "--help"} & set(arguments):
-        names = sorted(str(p.relative_to(configs() / "experiment").with_suffix(""))
-                       for p in (configs() / "experiment").rglob("*.yaml"))  # fmt: skip
-        sys.stdout.write(TRAIN_HELP.format(experiments=" ".join(names)))
-        return 0
     bare = [argument for argument in arguments if not OVERRIDE.match(argument)]
     if bare:
         raise ValueError(f"{bare[0]!r} is no setting; write key=value, see --help")
@@ -64,9 +58,6 @@ def train(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """``ldm doctor``; the exit code is 2 if something is wrong that makes the training fail."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(DOCTOR_HELP)
-        return 0
     from ldm.experiments.doctor import quick, thorough
 
     cfg, _ = compose(arguments)

@@ -31,20 +31,13 @@ def is_foreign(path: Path) -> bool:
 
 
 def read(
-    path: Path,
-    weights: str = "ema",
-    only: tuple[str, ...] | None = None,
-    prediction: str | None = None,
-    pickles: bool = False,
+    path: Path,  # a folder with model_index.json or with the config.json of one part, a .safetensors, a pickle
+    weights: str = "ema",  # averaged weights where the source holds both; "raw": the others
+    only: tuple[str, ...] | None = None,  # names of components; None takes all
+    prediction: str | None = None,  # what the UNet returns, where the caller knows and the source may not say
+    pickles: bool = False,  # read files of torch.save, through an unpickler that runs nothing
 ) -> tuple[Contents, tuple[Path, ...]]:
     """What a diffusers folder, a CompVis single file or one part of a model holds, and the files it came from.
-
-    Args:
-        path: a folder with ``model_index.json`` or with the ``config.json`` of one part, a ``.safetensors``, a pickle.
-        weights: ``"ema"`` prefers averaged weights where the source holds both, ``"raw"`` the others.
-        only: names of components; None takes all.
-        prediction: what the UNet returns, where the caller knows and the source may not say.
-        pickles: read files of ``torch.save``, through an unpickler that runs nothing.
 
     Raises:
         ValueError: for anything that is no SD 1.x or 2.x, or does not fit it, in one line.
@@ -123,16 +116,13 @@ def fetch(source: str) -> Path | None:
 
 
 def convert(
-    source: str | Path, out: str | Path, half: bool = False, prediction: str | None = None, weights: str = "ema"
+    source: str | Path,  # what read takes, or a hub id
+    out: str | Path,  # a folder that does not exist yet
+    half: bool = False,  # weights in float16
+    prediction: str | None = None,  # what the UNet returns, if the source does not say
+    weights: str = "ema",  # or "raw"
 ) -> Contents:
     """Read what others wrote, pickles too, and write a checkpoint folder of ours.
-
-    Args:
-        source: as for :func:`read`, or a hub id.
-        out: a folder that does not exist yet.
-        half: weights in float16.
-        prediction: what the UNet returns, if the source does not say.
-        weights: ``"ema"`` or ``"raw"``.
 
     Raises:
         ValueError: for what cannot be read, and if half precision cannot hold a weight.

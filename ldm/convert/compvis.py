@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import Contents
-from ldm.convert.names import COMPVIS
+from ldm.convert.names import COMPVIS, facts
 from ldm.convert.tensors import SD_SCALE, Source, build
 from ldm.diffusion import Schedule
 from ldm.text import TextEncoder, clip_tokenizer
@@ -30,32 +30,16 @@ CLIP, OPEN_CLIP = f"{TEXT}transformer.", f"{TEXT}model."
 SD_SCHEDULE = {"name": "scaled_linear", "num_steps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 HEAD_DIM = 64  # of CLIP's towers, and of SD 2.x's UNet
 
-# What training leaves in a file and no model needs; a closed list, everything else is refused.
-_LEFTOVERS = (
-    r"betas|(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?|logvar|lvlb_weights"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|v_pred|ztsnr|scale_factor"
-    r"|cond_stage_model\.(logit_scale|text_projection)"
-)
-_EMA_LEFTOVERS = r"decay|num_updates"
-_VAE_LEFTOVERS = r"loss\..*|model_ema\..*"
-_CLIP_LEFTOVERS = r"embeddings\.position_ids|text_projection(\.weight)?|logit_scale|attn_mask"
-_OTHER_FAMILIES = {  # the beginning of a name → whose it is
-    "conditioner.embedders.": "SDXL", "label_emb.": "a class-conditional model (SDXL, unCLIP)", "joint_blocks.": "SD 3",
-    "double_blocks.": "Flux", "control_model.": "ControlNet", "lora_": "a LoRA", "noise_estimator.": "an upscaler",
-    "depth_model.": "SD 2 depth",
-}  # fmt: skip
-_OPEN_CLIP_NAMES = {  # OpenCLIP → transformers
-    "token_embedding": "embeddings.token_embedding", "positional_embedding": "embeddings.position_embedding.weight",
-    "transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn": "self_attn",
-    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_final": "final_layer_norm",
-}  # fmt: skip
+_FACTS = facts("compvis")
+_FAMILIES, _OPEN_CLIP_NAMES = _FACTS["other_families"], _FACTS["open_clip"]
+_LEFTOVERS = {part: "|".join(patterns) for part, patterns in _FACTS["leftovers"].items()}
 _TOKENS = "embeddings.token_embedding.weight"
 
 
 def read(source: Source, weights: str, prediction: str | None, only: tuple[str, ...] | None) -> Contents:
     """The parts and settings of a single file."""
     for name in source.shapes:
-        for prefix, family in _OTHER_FAMILIES.items():
+        for prefix, family in _FAMILIES.items():
             if name.removeprefix(UNET).startswith(prefix):
                 raise ValueError(f"{source.label} is {family}, by its {name}; SD 1.x and 2.x are what can be loaded")
     config = _yaml(source.files[0].with_suffix(".yaml"))
@@ -72,7 +56,7 @@ def read(source: Source, weights: str, prediction: str | None, only: tuple[str, 
     if only is not None:
         return Contents(components)
     odd = [name for name in source.shapes if not name.startswith((UNET, VAE, EMA, CLIP, OPEN_CLIP))]
-    if odd := sorted(name for name in odd if not re.fullmatch(_LEFTOVERS, name)):
+    if odd := sorted(name for name in odd if not re.fullmatch(_LEFTOVERS["whole"], name)):
         raise ValueError(f"{source.label} holds what no SD 1.x or 2.x has: unexpected {'; '.join(odd[:20])}")
     linear = len(source.shapes[f"{UNET}middle_block.1.proj_in.weight"]) == 2  # SD 2.x
     kind = prediction or _prediction(source, config, linear)
@@ -115,7 +99,7 @@ def _unet(source: Source, weights: str, config: Mapping[str, Any]) -> UNet:
         return build(UNet, arguments, raw, COMPVIS)
     # CompVis' averages are buffers, whose names may hold no dots.
     dotted = {f"diffusion_model{name.replace('.', '')}": name for name in shapes}
-    return build(UNet, arguments, averaged.renamed(lambda n: dotted.get(n, n)), COMPVIS, _EMA_LEFTOVERS)
+    return build(UNet, arguments, averaged.renamed(lambda n: dotted.get(n, n)), COMPVIS, _LEFTOVERS["ema"])
 
 
 def _autoencoder(source: Source, config: Mapping[str, Any]) -> Autoencoder:
@@ -127,7 +111,7 @@ def _autoencoder(source: Source, config: Mapping[str, Any]) -> Autoencoder:
         "num_blocks": len(_numbers(r"encoder\.down\.0\.block\.(\d+)\.", source)),
         "latent_channels": source.shapes["post_quant_conv.weight"][0],
     }
-    return build(Autoencoder, arguments, source, COMPVIS, _VAE_LEFTOVERS, config.get("scale_factor", SD_SCALE))
+    return build(Autoencoder, arguments, source, COMPVIS, _LEFTOVERS["vae"], config.get("scale_factor", SD_SCALE))
 
 
 def _text_encoder(source: Source) -> TextEncoder:
@@ -141,7 +125,7 @@ def _text_encoder(source: Source) -> TextEncoder:
     sizes = {"width": width, "num_layers": len(layers), "num_heads": width // HEAD_DIM, "vocab_size": vocab_size}
     others = {"activation": "gelu", "pad_token": 0} if open_clip.shapes else {}
     arguments = {"family": "clip", "tokenizer": clip_tokenizer(), **sizes, **others}
-    return build(TextEncoder, arguments, tower, COMPVIS, _CLIP_LEFTOVERS)
+    return build(TextEncoder, arguments, tower, COMPVIS, _LEFTOVERS["clip"])
 
 
 def _from_open_clip(source: Source) -> Source:

@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
-from importlib.resources import files as resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 from torch import nn
 
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import Contents, check_finite
-from ldm.convert.names import DIFFUSERS, naming
+from ldm.convert.names import DIFFUSERS, facts, naming
 from ldm.convert.tensors import PICKLES, SD_SCALE, Source, build, open_safetensors, read_json
 from ldm.convert.tokenizer import has_tokenizer, read_tokenizer, write_tokenizer
 from ldm.convert.unpickle import open_pickle
@@ -32,28 +30,24 @@ from ldm.unet import UNet
 
 INDEX = "model_index.json"
 _FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
-# Facts of the format, and what each setting of theirs is here.
-_FACTS: dict[str, Any] = yaml.safe_load((resources("ldm") / "assets" / "diffusers.yaml").read_text())
+_FACTS = facts("diffusers")
 _STEMS, _CLASSES, _PREDICTIONS = _FACTS["stems"], _FACTS["classes"], _FACTS["predictions"]
-_UNET, _VAE, _TEXT, _SCHEDULE = _FACTS["unet"], _FACTS["vae"], _FACTS["text"], _FACTS["schedule"]
 _BEGIN_AT_LINSPACE = ("Euler", "LMS", "Heun", "DPM", "KDPM", "UniPC", "DEIS")  # where a config is silent
-# A config may leave these out: what our constructors take then is what theirs do.
-_OPTIONAL = {*_SCHEDULE, "attention_head_dim", "dropout", "use_linear_projection", "hidden_act"}
 
 
-def _unet_fixed(attention: list[bool]) -> dict[str, Any]:
-    downs = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention]
-    ups = [kind.replace("Down", "Up") for kind in reversed(downs)]
-    return _UNET["fixed"] | {"down_block_types": downs, "up_block_types": ups}
-
-
-def _vae_fixed(levels: int) -> dict[str, Any]:
-    downs, ups = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels
-    return _VAE["fixed"] | {"down_block_types": downs, "up_block_types": ups}
-
-
-def _text_fixed(width: int) -> dict[str, Any]:
-    return {"intermediate_size": 4 * width, "max_position_embeddings": 77, "layer_norm_eps": 1e-5}
+def _fixed(part: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a part that have one value here, some of them by our arguments."""
+    fixed: dict[str, Any] = _FACTS[part]["fixed"]
+    if part == "text_encoder":
+        return fixed | {"intermediate_size": 4 * arguments["width"]}
+    if part == "scheduler":
+        return fixed
+    if part == "unet":
+        downs = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in arguments["attention"]]
+    else:
+        downs = ["DownEncoderBlock2D" for _ in arguments["widths"]]
+    ups = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(downs)]
+    return fixed | {"down_block_types": downs, "up_block_types": ups}
 
 
 # ------------------------------------------------------------------------------------------------------ theirs → ours
@@ -108,29 +102,30 @@ def _weights(folder: Path, stem: str, weights: str, pickles: bool) -> Source:
     raise ValueError(f"{folder} holds no {stem}.safetensors, nor its fp16 variant or shards: {remedy}")
 
 
-def _arguments(
-    folder: Path, config: Mapping[str, Any], names: Mapping[str, str], fixed: Mapping[str, Any], free: Collection[str]
-) -> dict[str, Any]:
+def _arguments(path: Path, config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Arguments of ours; settings that are unknown, or known at one value alone and set to another, are refused."""
+    names, free = _FACTS[part]["renamed"], _FACTS[part].get("free", config)
+    arguments = {ours: config[key] for key, ours in names.items() if key in config or key not in _FACTS["optional"]}
+    if part == "unet":
+        arguments["attention"] = [kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"]]
+    fixed = _fixed(part, arguments)
     for key, value in config.items():
         known = value == fixed[key] if key in fixed else key in names or key in free or value in (None, False)
         if not known and not key.startswith("_"):
             rule = f"the rule is {fixed[key]}" if key in fixed else "that setting is unknown here"
-            raise ValueError(f"{folder}: {key}={value!r}, {rule}; this model cannot be loaded")
-    return {ours: config[key] for key, ours in names.items() if key in config or key not in _OPTIONAL}
+            raise ValueError(f"{path}: {key}={value!r}, {rule}; this model cannot be loaded")
+    return arguments
 
 
 def _unet(folder: Path, config: Mapping[str, Any], source: Source) -> UNet:
-    attention = [kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"]]
-    arguments = _arguments(folder, config, _UNET["renamed"], _unet_fixed(attention), _UNET["free"])
-    return build(UNet, arguments | {"attention": attention}, source, DIFFUSERS)
+    return build(UNet, _arguments(folder, config, "unet"), source, DIFFUSERS)
 
 
 def _autoencoder(folder: Path, config: Mapping[str, Any], source: Source) -> Autoencoder:
-    arguments = _arguments(folder, config, _VAE["renamed"], _vae_fixed(len(config["block_out_channels"])), _VAE["free"])
     old = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
     source = source.renamed(lambda name: old.sub(lambda found: _FACTS["old_attention"][found[0]], name))
-    return build(Autoencoder, arguments, source, DIFFUSERS, scale=config.get("scaling_factor", SD_SCALE))
+    scale = config.get("scaling_factor", SD_SCALE)
+    return build(Autoencoder, _arguments(folder, config, "vae"), source, DIFFUSERS, scale=scale)
 
 
 def _text_encoder(folder: Path, config: Mapping[str, Any], source: Source) -> TextEncoder:
@@ -139,10 +134,8 @@ def _text_encoder(folder: Path, config: Mapping[str, Any], source: Source) -> Te
     if config.get("model_type") == "clip":
         config = config["text_config"]
         ignored += r"|vision_model\..*|(text|visual)_projection\.weight|logit_scale"
-    # transformers keeps many a setting here that a tower does not have: all others are free.
-    arguments = _arguments(folder, config, _TEXT, _text_fixed(config["hidden_size"]), config.keys())
+    arguments = _arguments(folder, config, "text_encoder") | {"family": "clip", "tokenizer": clip_tokenizer()}
     beside = folder if has_tokenizer(folder) else folder.parent / "tokenizer"
-    arguments |= {"family": "clip", "tokenizer": clip_tokenizer()}
     if has_tokenizer(beside) or (folder.parent / INDEX).is_file():  # a tower alone may come without one
         arguments["tokenizer"], arguments["pad_token"] = read_tokenizer(beside)
     bare = source.renamed(lambda name: name.removeprefix("text_model."))
@@ -152,16 +145,19 @@ def _text_encoder(folder: Path, config: Mapping[str, Any], source: Source) -> Te
 def _scheduler(path: Path) -> dict[str, Any]:
     """Schedule, prediction and grid."""
     config = read_json(path)
-    schedule = Schedule(**_arguments(path, config, _SCHEDULE, {"timestep_type": "discrete"}, _FACTS["scheduler_free"]))
+    schedule = Schedule(**_arguments(path, config, "scheduler"))
     kind, said = str(config.get("_class_name")), config.get("prediction_type", "epsilon")
     grid = config.get("timestep_spacing", "linspace" if kind.startswith(_BEGIN_AT_LINSPACE) else "leading")
     # StableDiffusionPipeline takes an offset of 0 for 1 and clip_sample=true for false, and so do we: both are known
     # faults of old folders, and mean nothing for latents.
-    offset, grids = str(config.get("steps_offset", 0)), ("leading", "trailing", "linspace")
-    known = {"prediction_type": (said, _PREDICTIONS), "timestep_spacing": (grid, grids), "steps_offset": (offset, "01")}
-    for key, (value, values) in known.items():
-        if value not in values:
-            raise ValueError(f"{path}: {key}={value}; known are {', '.join(values)}")
+    for key, value, known in (
+        ("prediction_type", said, _PREDICTIONS),
+        ("timestep_spacing", grid, ("leading", "trailing", "linspace")),
+        ("timestep_type", config.get("timestep_type", "discrete"), ("discrete",)),
+        ("steps_offset", str(config.get("steps_offset", 0)), ("0", "1")),
+    ):
+        if value not in known:
+            raise ValueError(f"{path}: {key}={value}; known are {', '.join(known)}")
     clean = config.get("set_alpha_to_one", kind == "DDIMScheduler")
     if kind in ("DDIMScheduler", "PNDMScheduler") and clean != (grid != "leading"):
         came = f"set_alpha_to_one={clean} with timestep_spacing={grid}"
@@ -174,10 +170,6 @@ def _scheduler(path: Path) -> dict[str, Any]:
 
 def export_diffusers(model: LatentDiffusion, path: str | Path) -> None:
     """Write a folder that ``StableDiffusionPipeline.from_pretrained`` opens, and rename it when it is whole.
-
-    Args:
-        model: with CLIP's text tower and an autoencoder like SD's.
-        path: of a folder that does not exist yet.
 
     Raises:
         ValueError: if the folder exists, a weight is not finite, or the format cannot hold the model.
@@ -226,38 +218,38 @@ def _check(model: LatentDiffusion) -> None:
 
 def _configs(model: LatentDiffusion) -> dict[str, dict[str, Any]]:
     """The files of settings and what they hold."""
-    unet, vae, text = model.unet.arguments, model.autoencoder.arguments, model.text_encoder.arguments
-    schedule, defaults, heads = model.schedule.arguments, model.defaults, unet["num_heads"]
+    parts = {folder: getattr(model, name) for name, folder in _FOLDERS.items()} | {"scheduler": model.schedule}
+    defaults, heads = model.defaults, model.unet.arguments["num_heads"]
     height, width = defaults.height // 8, defaults.width // 8
     std = model.autoencoder.latent_std[0].cpu()
     # The shortest decimal that gives the same standard deviation again: 0.18215, not 0.18214999.
     decimals = (float(f"{1.0 / std.item():.{digits}g}") for digits in range(1, 18))
-    parts: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = {
-        "unet": (unet, _UNET["renamed"], _unet_fixed(unet["attention"]) | {
+    others: dict[str, dict[str, Any]] = {  # what is no argument of ours
+        "unet": {
             "attention_head_dim": heads[0] if len({*heads}) == 1 else heads,
             "sample_size": height if height == width else [height, width],
-        }),
-        "vae": (vae, _VAE["renamed"], _vae_fixed(len(vae["widths"])) | {
+        },
+        "vae": {
             "scaling_factor": next(scale for scale in decimals if torch.tensor(1.0 / scale, dtype=std.dtype) == std),
             "sample_size": defaults.height,
-        }),
-        "text_encoder": (text, _TEXT, _text_fixed(text["width"]) | {"model_type": "clip_text_model"}),
-        "scheduler": (schedule, _SCHEDULE, {
+        },
+        "text_encoder": {"model_type": "clip_text_model"},
+        "scheduler": {
             "prediction_type": {ours: theirs for theirs, ours in _PREDICTIONS.items()}[model.prediction],
             "timestep_spacing": defaults.grid,
             "set_alpha_to_one": defaults.grid != "leading",
             "steps_offset": 1,
             "clip_sample": False,
-        }),
-    }  # fmt: skip
+        },
+    }
     inpaints = model.unet.in_channels != model.autoencoder.latent_channels
     kind = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
-    none = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-    version = {"_diffusers_version": "0.42.1"}  # whose settings these are
-    files = {INDEX: {"_class_name": kind, "requires_safety_checker": False, **version, **_CLASSES, **none}}
-    for folder, (arguments, names, others) in parts.items():
-        library, kind = _CLASSES[folder]
+    files = {INDEX: {"_class_name": kind, **_FACTS["index"], **_CLASSES}}
+    for part, ours in parts.items():
+        library, kind = _CLASSES[part]
+        version = {"_diffusers_version": _FACTS["index"]["_diffusers_version"]}
         head = {"_class_name": kind, **version} if library == "diffusers" else {"architectures": [kind]}
-        file = f"{folder}/{'scheduler_' if folder == 'scheduler' else ''}config.json"
-        files[file] = head | {theirs: arguments[ours] for theirs, ours in names.items()} | others
+        said = {theirs: ours.arguments[name] for theirs, name in _FACTS[part]["renamed"].items()}
+        file = f"{part}/{'scheduler_' if part == 'scheduler' else ''}config.json"
+        files[file] = head | said | _fixed(part, ours.arguments) | others[part]
     return files

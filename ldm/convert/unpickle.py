@@ -66,7 +66,6 @@ class _Reader(pickle.Unpickler):
     def __init__(self, file: IO[bytes], label: str) -> None:
         super().__init__(file, encoding="latin1")
         self.file, self.label = file, label
-        self.storages: dict[str, _Storage] = {}  # which the object refers to
 
         # A class and functions of their own for each reading: a pickle may set attributes of what it can name.
         class StandIn(dict[Any, Any]):
@@ -127,7 +126,7 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
             case ("storage", torch.dtype() as dtype, key, _, int(count), *_):
-                return self.storages.setdefault(str(key), _Storage(str(key), dtype, count))
+                return _Storage(str(key), dtype, count)
         raise _Refused(f"{self.label} is refused: it refers to {str(pid)[:80]!r}, which is no storage of torch")
 
 

@@ -1,6 +1,6 @@
 """The emoji data that come with the package: 128×128, four art styles, and a fifth held back.
 
-Reading them is :func:`emoji_dataset`. How they were made is ``ldm/data/make_emoji.py``.
+Reading them is :func:`emoji_dataset`. How they were made is ``tests/tools/make_emoji.py``.
 """
 
 from __future__ import annotations

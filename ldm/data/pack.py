@@ -7,8 +7,7 @@ import io
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,7 @@ from ldm.data.transforms import decode_image
 IMAGE_COLUMNS = ("image", "path", "image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
 OTHER_IMAGES = (".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff")  # refused by name: skipping would lose data
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One image to be packed; ``read`` so that a large folder is never in memory."""
-
-    key: str
-    name: str  # what an error calls it
-    read: Callable[[], bytes]
-    caption: str
+_Item = tuple[str, str, bytes, str]  # key, what an error calls it, encoded image, caption
 
 
 def pack(
@@ -56,7 +46,7 @@ def pack(
         raise FileNotFoundError(f"{source}: no such folder or table; give a folder of images, a .csv or a .parquet")
     if out.exists():
         raise ValueError(f"{out} is there already; name a folder that is not, or remove it first")
-    if size is not None and size < 1:
+    if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size={size} is no size in pixels; give at least 1, or none to keep the files as they are")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} is no size; give at least 1")
@@ -80,12 +70,12 @@ def pack(
 def _shards(items: Iterable[_Item], size: int | None, shard_bytes: int) -> Iterator[list[tuple[str, dict[str, bytes]]]]:
     samples: list[tuple[str, dict[str, bytes]]] = []
     held = 0
-    for item in items:
-        extension, data = _image(item.read(), item.name, size)
+    for key, name, encoded, caption in items:  # one at a time: a large folder is never in memory
+        extension, data = _image(encoded, name, size)
         if samples and held + len(data) > shard_bytes:
             yield samples
             samples, held = [], 0
-        samples.append((item.key, {extension: data, "txt": item.caption.encode()}))
+        samples.append((key, {extension: data, "txt": caption.encode()}))
         held += len(data)
     if samples:
         yield samples
@@ -107,46 +97,44 @@ def _image(data: bytes, name: str, size: int | None) -> tuple[str, bytes]:
 def _items(source: Path) -> Iterator[_Item]:
     if source.is_dir():
         return _folder(source)
-    if source.suffix == ".csv":
-        return _table(source, _csv_rows(source))
-    if source.suffix == ".parquet":
-        return _table(source, _parquet_rows(source))
-    raise ValueError(f"{source}: cannot be packed; the rule is a folder of images, a .csv or a .parquet")
+    readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
+    if source.suffix not in readers:
+        raise ValueError(f"{source}: cannot be packed; the rule is a folder of images, a .csv or a .parquet")
+    return _table(source, readers[source.suffix](source))
 
 
 def _folder(source: Path) -> Iterator[_Item]:
-    images, taken = {}, set()
+    images: dict[str, Path] = {}
     for path in sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith(".")):
         if path.suffix.lower() in OTHER_IMAGES:
             raise ValueError(f"{path}: {path.suffix} is not read; convert it to webp, png or jpg")
         if path.suffix.lower().lstrip(".") in IMAGES:
             plain = re.sub(r"[^A-Za-z0-9_\-]+", "_", path.relative_to(source).with_suffix("").as_posix())
             key, count = plain, 1
-            while key in taken:  # "a b" and "a_b" are two pictures
+            while key in images:  # "a b" and "a_b" are two pictures
                 count += 1
                 key = f"{plain}-{count}"
-            taken.add(key)
             images[key] = path
     for key, path in sorted(images.items()):
         text = path.with_suffix(".txt")
         caption = _caption(text.read_bytes() if text.is_file() else None, str(path), f"write it into {text.name}")
-        yield _Item(key, str(path), path.read_bytes, caption)
+        yield key, str(path), path.read_bytes(), caption
 
 
 def _table(source: Path, rows: Iterable[dict[str, Any]]) -> Iterator[_Item]:
     for number, row in enumerate(rows):
-        image = row[_column(source, row, IMAGE_COLUMNS)]
-        name = f"{source}, row {number + 1}"
-        caption = _caption(row[_column(source, row, CAPTION_COLUMNS)], name, "fill that cell")
+        name, key = f"{source}, row {number + 1}", f"{number:09d}"
+        image = _cell(source, row, IMAGE_COLUMNS)
+        caption = _caption(_cell(source, row, CAPTION_COLUMNS), name, "fill that cell")
         if isinstance(image, dict):  # as the datasets library stores images
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str) and image:
             path = source.parent / image
             if not path.is_file():
                 raise ValueError(f"{name}: its image {path} does not exist; paths are relative to the table")
-            yield _Item(f"{number:09d}", f"{name}, {path}", path.read_bytes, caption)
+            yield key, f"{name}, {path}", path.read_bytes(), caption
         elif isinstance(image, bytes) and image:
-            yield _Item(f"{number:09d}", name, lambda data=image: data, caption)  # type: ignore[misc]
+            yield key, name, image, caption
         else:
             raise ValueError(f"{name}: no image in it; put a path or the bytes of a file there")
 
@@ -160,16 +148,17 @@ def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ImportError(f"{source}: a parquet is read by pyarrow, which is missing; pip install pyarrow") from None
+        raise ValueError(f"{source}: a parquet is read by pyarrow, which is missing; pip install pyarrow") from None
     with parquet.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size=64):
             yield from batch.to_pylist()
 
 
-def _column(source: Path, row: dict[str, Any], names: tuple[str, ...]) -> str:
+def _cell(source: Path, row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """What stands in the first of these columns that is there."""
     for name in names:
         if name in row:
-            return name
+            return row[name]
     raise ValueError(f"{source}: none of the columns {', '.join(names)} among {', '.join(map(str, row))}; rename one")
 
 

@@ -35,15 +35,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def make_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> str:
-    """A tokenizers' JSON of CLIP's kind, as transformers builds it.
-
-    Args:
-        vocabulary: ids by token.
-        merges: pairs, the first to merge first.
-
-    Raises:
-        ValueError: if begin or end are not in the vocabulary.
-    """
+    """A tokenizers' JSON of CLIP's kind, as transformers builds it; ValueError if begin or end are no tokens of it."""
     for token in (BEGIN, END):
         if token not in vocabulary:
             raise ValueError(f"a vocabulary of {len(vocabulary)} tokens without {token} is not CLIP's")

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 
 from ldm.data import HANDS, STYLES, Sample, decode_image, emoji_dataset
-from ldm.data.emoji import splits
+from ldm.data.emoji import FOLDER, splits
+from ldm.data.shards import ShardDataset
+from tests.tools import make_emoji
 
 Samples = dict[str, list[Sample]]
 
@@ -110,6 +112,23 @@ def test_openmoji_is_in_no_other_set(emoji: Samples) -> None:
     held_back = read("openmoji")
     assert {sample.meta["style"] for split in held_back.values() for sample in split} == {"openmoji"}
     assert not concepts(held_back["train"]) & concepts(emoji["heldout_concepts"])
+
+
+def test_captions_concepts_and_splits_are_those_that_the_script_makes() -> None:
+    data = ShardDataset(FOLDER)
+    everything = [data[i] for i in range(len(data))]
+    emoji = [make_emoji.Emoji(*(s.meta[k] for k in ("hexcode", "label", "tags", "style"))) for s in everything]
+    for sample, e in zip(everything, emoji, strict=True):
+        made = {"captions": make_emoji.captions(e), "concept": e.concept}
+        assert (e.key, made) == (sample.key, {key: sample.meta[key] for key in made})
+    drawn = [e for e in emoji if e.style in STYLES]
+    emoji200 = make_emoji.split_emoji200(drawn)
+    assert splits() == {
+        "emoji": make_emoji.split_emoji(drawn),
+        "emoji200": emoji200,
+        "emoji48": make_emoji.split_emoji48(drawn, emoji200),
+        "openmoji": make_emoji.split_openmoji([e for e in emoji if e.style == "openmoji"]),
+    }
 
 
 def test_unknown_names_and_splits_list_the_known_ones() -> None:
