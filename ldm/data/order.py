@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ldm import randomness
@@ -21,8 +23,6 @@ class Order:
         if n < 1:
             raise ValueError(f"an order of {n} samples: there must be at least one")
         self.n, self.seed = n, seed
-        self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-        self._mask = np.uint64((1 << int(self._half)) - 1)
 
     def __getitem__(self, position: int) -> int:
         """Sample at a position: element p mod n of the permutation of epoch p // n."""
@@ -34,19 +34,61 @@ class Order:
         result = np.empty_like(positions)
         for epoch in np.unique(positions // self.n):
             here = positions // self.n == epoch
-            keys = randomness.bits(self.seed, "order", int(epoch), _ROUNDS)
-            value = self._encipher((positions[here] % self.n).astype(np.uint64), keys)
-            while (outside := value >= self.n).any():
-                value[outside] = self._encipher(value[outside], keys)
-            result[here] = value.astype(np.int64)
+            result[here] = permute(positions[here] % self.n, self.n, self.seed, "order", int(epoch))
         return result
 
-    def _encipher(self, value: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        left, right = value >> self._half, value & self._mask
-        for key in keys:
-            # splitmix64's finaliser (Steele et al., OOPSLA 2014) as the round function
-            x = right + key
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, (left ^ (x ^ (x >> np.uint64(31)))) & self._mask
-        return (left << self._half) | right
+
+class WindowedOrder:
+    """An order in which the samples of few shards stand together.
+
+    Every epoch permutes the shards, then the samples within each window of so many shards, by the same network: still
+    a pure function of (seed, position), every sample once an epoch. Its memory is a few numbers a shard.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],  # samples of each shard
+        window: int,  # shards
+        seed: int,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"data.window={window} shards: the rule is at least 1, or null to mix all")
+        self.counts, self.window, self.seed = np.asarray(counts, dtype=np.int64), window, seed
+        self.n = int(self.counts.sum())
+        self._starts = np.cumsum(self.counts) - self.counts
+        self._epoch = -1
+
+    def __getitem__(self, position: int) -> int:
+        """Sample at a position, counted shard by shard."""
+        epoch, place = divmod(position, self.n)
+        if epoch != self._epoch:
+            shards = permute(np.arange(len(self.counts)), len(self.counts), self.seed, "shards", epoch)
+            self._epoch, self._shards, self._ends = epoch, shards, np.cumsum(self.counts[shards])
+        first = int(np.searchsorted(self._ends, place, "right")) // self.window * self.window
+        begin = int(self._ends[first - 1]) if first else 0
+        size = int(self._ends[min(first + self.window, len(self._ends)) - 1]) - begin
+        place = begin + int(permute(np.array([place - begin]), size, self.seed, f"window {first}", epoch)[0])
+        shard = int(np.searchsorted(self._ends, place, "right"))
+        return int(self._starts[self._shards[shard]] + place - (self._ends[shard - 1] if shard else 0))
+
+
+def permute(values: np.ndarray, n: int, seed: int, stream: str, position: int) -> np.ndarray:
+    """Where a permutation of [0, n), one for each (seed, stream, position), takes some values; int64."""
+    keys = randomness.bits(seed, stream, position, _ROUNDS)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    value = _encipher(values.astype(np.uint64), half, keys)
+    while (outside := value >= n).any():
+        value[outside] = _encipher(value[outside], half, keys)
+    return value.astype(np.int64)
+
+
+def _encipher(value: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = value >> half, value & mask
+    for key in keys:
+        # splitmix64's finaliser (Steele et al., OOPSLA 2014) as the round function
+        x = right + key
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, (left ^ (x ^ (x >> np.uint64(31)))) & mask
+    return (left << half) | right

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,22 +15,36 @@ FORMATS = ("WEBP", "PNG", "JPEG")
 MAX_PIXELS = 32 * 2**20  # a header that promises more is refused before anything is decoded
 
 
+class BadSample(ValueError):
+    """One sample that is damaged or cannot be decoded; with ``on_bad="skip"`` another stands in for it."""
+
+
+@contextmanager
+def open_image(data: bytes, name: str) -> Iterator[Image.Image]:
+    """A webp, png or jpeg file of which only the header has been read; what goes wrong becomes BadSample."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSample(f"{name}: not a readable webp, png or jpeg ({error})") from error
+
+
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
     """Decode a webp, png or jpeg file to RGB; what is transparent becomes white.
 
     Raises:
-        ValueError: naming ``name``, for other formats, damage, or more than 32 megapixels.
+        BadSample: a ValueError naming ``name``, for other formats, damage, or more than 32 megapixels.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{name}: {image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")
-            if "A" in image.getbands() or "transparency" in image.info:
-                rgba = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable webp, png or jpeg ({error})") from error
+    with open_image(data, name) as image:
+        if "A" in image.getbands() or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return image.convert("RGB")
 
 
 def fit(image: Image.Image, height: int, width: int, crop_y: float = 0.5, crop_x: float = 0.5) -> Image.Image:
