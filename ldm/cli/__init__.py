@@ -38,11 +38,12 @@ def door(command: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Run a command; an invalid request becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         command(arguments)
         return 0
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return _fail(_hydra_message(error))
     except (ValueError, OSError) as error:
         if os.environ.get("LDM_TRACEBACK"):

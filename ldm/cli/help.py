@@ -90,9 +90,11 @@ Makes shards with an index from SOURCE: a folder of images with captions in .txt
 """
 
 INDEX_HELP = """\
-ldm index TAR [TAR ...]
+ldm index TAR|FOLDER [TAR|FOLDER ...] [skip=true]
 
-Checks WebDataset tars member by member and writes an index beside each.
+Checks WebDataset tars member by member and writes an index beside each; the first fault ends it, with shard and key.
+For a FOLDER of tars it also writes catalogue.json, by which a set of any size opens at once (data.window=N).
+A sample without a caption is a fault; skip=true leaves such samples out of the index and says how many.
 """
 
 CONVERT_HELP = """\

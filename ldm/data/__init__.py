@@ -1,6 +1,6 @@
 """Data: shards, their index, the global order, transforms, the emoji set. Captions stay text, images stay tensors."""
 
-from ldm.data.dataset import Sample, ShardDataset, write_catalogue
+from ldm.data.dataset import Sample, ShardDataset, find_tars, write_catalogue
 from ldm.data.emoji import HANDS, STYLES, emoji_dataset
 from ldm.data.order import Order, WindowedOrder
 from ldm.data.sets import FixedSet, PositionSampler, TrainingSet, captions
@@ -22,6 +22,7 @@ __all__ = [
     "captions",
     "decode_image",
     "emoji_dataset",
+    "find_tars",
     "fit",
     "to_tensor",
     "write_catalogue",

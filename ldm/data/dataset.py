@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.data.remote import MAX_SPAN, Place, Remote, beside, fetch, file_name, is_remote, shown
+from ldm.data.remote import MAX_INDEX_BYTES, Remote, beside, file_name, is_remote, shown
 from ldm.data.shards import (
     EXTENSIONS,
     FORMAT,
@@ -33,6 +33,14 @@ from ldm.data.transforms import BadSample
 CATALOGUE = "catalogue.json"
 KEPT = 16  # indices in memory, of a set with a catalogue
 _PLACE = np.dtype([("offset", "i8"), ("size", "i4"), ("digest", "V32")])
+
+
+class Place(NamedTuple):
+    """Where a member lies in its tar."""
+
+    offset: int
+    size: int  # bytes
+    digest: bytes  # sha256
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,9 @@ class ShardDataset:
         cache: str | Path | None = None,  # of remote shards: where to keep what was read; None takes ~/.cache/ldm
         cache_bytes: int = 16 * 10**9,  # how much of it
     ) -> None:
-        self.shards, self._listed, self._source = _find(paths)
-        self.remote, self.indices_kept = Remote(cache, cache_bytes), KEPT if self._listed else len(self.shards)
+        self._remote = Remote(cache, cache_bytes)
+        self.shards, self._listed, self._source = _find(paths, self._remote)
+        self.indices_kept = KEPT if self._listed else len(self.shards)
         self._indices: OrderedDict[int, Index] = OrderedDict()
         self._chosen: np.ndarray | None = None  # of each number, which sample it is, counted shard by shard
         if self._listed and keys is None:
@@ -121,8 +130,8 @@ class ShardDataset:
         """A sample; BadSample, a ValueError, if it is damaged."""
         shard, row = self._find(number)
         index, name = self._index(shard), self.shards[shard]
-        key, places = index.keys[row], index.places(row)
-        read = self.remote.members(name, key, places) if isinstance(name, str) else _members(name, key, places)
+        key = index.keys[row]
+        read = {e: self._read(name, place, f"{key}.{e}") for e, place in index.places(row).items()}
         image = next(read[extension] for extension in IMAGES if extension in read)
         meta = json.loads(read["json"]) if "json" in read else {}
         return Sample(key, image, read["txt"].decode("utf-8").strip("\n"), meta)
@@ -172,14 +181,31 @@ class ShardDataset:
         shard = self._shard(sample)
         return shard, sample - int(self._starts[shard])
 
+    def _read(self, shard: Path | str, place: Place, name: str) -> bytes:
+        if isinstance(shard, str):
+            return self._remote.read(shard, place.size, place.offset, place.digest, name)
+        with open(shard, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), place.size, place.offset)
+        if hashlib.sha256(data).digest() != place.digest:
+            raise BadSample(
+                f"{shard}: {name} is damaged (its sha256 is not the index's); "
+                "copy the shard again, or index it anew with: ldm index"
+            )
+        return data
+
     def _index(self, shard: int) -> Index:
         if shard not in self._indices:
-            name, digest = self.shards[shard], self._listed[shard][1] if self._listed else None
-            content = self.remote.index(name, digest) if isinstance(name, str) else _read_index(name)
-            if digest not in (None, hashlib.sha256(content).hexdigest()):
-                raise ValueError(f"{shown(name)}: its index is not the one of {self._source}; run: ldm index FOLDER")
+            name, digest = self.shards[shard], bytes.fromhex(self._listed[shard][1]) if self._listed else None
+            try:
+                content = self._index_bytes(name, digest)
+                if digest not in (None, hashlib.sha256(content).digest()):
+                    raise BadSample("another sha256")
+            except BadSample as error:  # not one sample, but all of its shard: nothing stands in for them
+                raise ValueError(
+                    f"{shown(name)}: its index is not the one of {self._source}; run: ldm index FOLDER"
+                ) from error
             index = Index(content, f"{shown(name)}.index.json")
-            size = index.size if isinstance(name, str) else name.stat().st_size
+            size = name.stat().st_size if isinstance(name, Path) else index.size
             if size != index.size:
                 raise ValueError(
                     f"{name}: {size} bytes, its index says {index.size}: cut or changed; run: ldm index {name}"
@@ -190,6 +216,13 @@ class ShardDataset:
             self._indices.popitem(last=False)
         return self._indices[shard]
 
+    def _index_bytes(self, shard: Path | str, digest: bytes | None) -> bytes:
+        if isinstance(shard, str):
+            url, remedy = beside(shard, f"{file_name(shard)}.index.json"), "make an index there with: ldm index"
+            return self._remote.read(url, MAX_INDEX_BYTES, digest=digest, name="index", remedy=remedy)
+        path = index_path(shard)
+        return path.read_bytes() if path.is_file() else index_bytes(scan(shard))
+
 
 def write_catalogue(folder: Path) -> Path:
     """Write the catalogue of a folder whose tars all have their index: name, number of samples, sha256 of the index.
@@ -197,7 +230,7 @@ def write_catalogue(folder: Path) -> Path:
     Raises:
         ValueError: if a key is in two shards.
     """
-    shards, rows, spans = _tars(folder), [], []
+    shards, rows, spans = find_tars(folder), [], []
     for shard in shards:
         content = index_path(shard).read_bytes()
         keys = Index(content, str(index_path(shard))).keys
@@ -210,14 +243,17 @@ def write_catalogue(folder: Path) -> Path:
     return folder / CATALOGUE
 
 
-def _tars(folder: Path) -> list[Path]:
+def find_tars(folder: Path) -> list[Path]:
+    """The tars of a folder, sorted; FileNotFoundError if there are none."""
     found = sorted(folder.glob("*.tar"))
     if not found:
         raise FileNotFoundError(f"no *.tar in {folder}; make shards with: ldm pack")
     return found
 
 
-def _find(paths: str | Path | Sequence[str | Path]) -> tuple[list[Path | str], list[tuple[int, str]], str]:
+def _find(
+    paths: str | Path | Sequence[str | Path], remote: Remote
+) -> tuple[list[Path | str], list[tuple[int, str]], str]:
     """Shards (a Path is local, a str remote); where a catalogue lists them, samples and hash of each; and its name."""
     shards: list[Path | str]
     if not isinstance(paths, (str, Path)):
@@ -226,7 +262,7 @@ def _find(paths: str | Path | Sequence[str | Path]) -> tuple[list[Path | str], l
             raise ValueError("the list of shards is empty; name at least one tar")
     elif is_remote(paths):
         if file_name(paths) == CATALOGUE:
-            rows = _rows(fetch(str(paths), MAX_SPAN), shown(paths))
+            rows = _rows(remote.read(str(paths), MAX_INDEX_BYTES), shown(paths))
             return [beside(str(paths), row[0]) for row in rows], [row[1:] for row in rows], shown(paths)
         shards = [str(paths)]
     else:
@@ -234,10 +270,10 @@ def _find(paths: str | Path | Sequence[str | Path]) -> tuple[list[Path | str], l
         catalogue = root if root.name == CATALOGUE else root / CATALOGUE
         if catalogue.is_file():
             rows = _rows(catalogue.read_bytes(), str(catalogue))
-            if [row[0] for row in rows] != [path.name for path in _tars(catalogue.parent)]:
+            if [row[0] for row in rows] != [path.name for path in find_tars(catalogue.parent)]:
                 raise ValueError(f"{catalogue} lists other shards than lie there; run: ldm index {catalogue.parent}")
             return [catalogue.parent / row[0] for row in rows], [row[1:] for row in rows], str(catalogue)
-        shards = [*_tars(root)] if root.is_dir() else [root]
+        shards = [*find_tars(root)] if root.is_dir() else [root]
     for shard in shards:
         if isinstance(shard, Path) and not shard.is_file():
             raise FileNotFoundError(f"no shard at {shard}; give a tar, a list of tars or a folder of them")
@@ -254,21 +290,3 @@ def _rows(content: bytes, name: str) -> list[Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: not a catalogue ({error}); make it anew with: ldm index FOLDER") from error
     return rows
-
-
-def _read_index(shard: Path) -> bytes:
-    path = index_path(shard)
-    return path.read_bytes() if path.is_file() else index_bytes(scan(shard))
-
-
-def _members(shard: Path, key: str, places: dict[str, Place]) -> dict[str, bytes]:
-    read = {}
-    with open(shard, "rb", buffering=0) as file:
-        for extension, place in places.items():
-            read[extension] = os.pread(file.fileno(), place.size, place.offset)
-            if hashlib.sha256(read[extension]).digest() != place.digest:
-                raise BadSample(
-                    f"{shard}: {key}.{extension} is damaged (its sha256 is not the index's); "
-                    "copy the shard again, or index it anew with: ldm index"
-                )
-    return read

@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from ldm.data.transforms import BadSample
@@ -21,7 +20,7 @@ from ldm.data.transforms import BadSample
 TRIES = 4  # of a request; a network that fails for longer ends the training, with what was saved
 TIMEOUT = 30  # seconds without a byte
 PAUSE = 0.5  # seconds before the second try, twice as many before the third, and so on
-MAX_SPAN = 2**28  # bytes, of an index and from the first byte of a sample to its last
+MAX_INDEX_BYTES = 2**28
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)  # what a server may get over
 
 # urllib's own opener reads file:, ftp: and data: as well, also where a server redirects to them.
@@ -29,14 +28,6 @@ _OPENER = urllib.request.OpenerDirector()
 for _kind in ("ProxyHandler", "UnknownHandler", "HTTPHandler", "HTTPSHandler", "HTTPDefaultErrorHandler",
               "HTTPRedirectHandler", "HTTPErrorProcessor"):  # fmt: skip
     _OPENER.add_handler(getattr(urllib.request, _kind)())
-
-
-class Place(NamedTuple):
-    """Where a member lies in its tar."""
-
-    offset: int
-    size: int  # bytes
-    digest: bytes  # sha256
 
 
 def is_remote(source: str | Path) -> bool:
@@ -75,38 +66,22 @@ def open_url(url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
     return answer
 
 
-def fetch(url: str, size: int, first: int | None = None, remedy: str = "check the address and the network") -> bytes:
-    """A file of at most ``size`` bytes; or with ``first``, ``size`` bytes of it from there on, by a range request.
-
-    Raises:
-        ConnectionError: naming the address, after a few tries; at once where trying again is of no use.
-    """
-    headers = {} if first is None else {"Range": f"bytes={first}-{first + size - 1}"}
-    fault: Exception | str = ""
-    for attempt in range(TRIES):
-        time.sleep(PAUSE * attempt)
-        try:
-            with open_url(url, headers) as answer:
-                if headers and answer.status != 206:
-                    fault = "the server ignores byte ranges, and a whole tar is not fetched for every sample"
-                    remedy = "put the shards on a server that knows ranges, or copy them here"
-                    break
-                data = answer.read(size + 1)
-                promised = size if headers else int(answer.headers.get("Content-Length", len(data)))
-            if len(data) == promised <= size:
-                return data
-            fault = f"{len(data)} bytes came, not {min(size, promised)}"
-        except urllib.error.HTTPError as error:
-            fault = error
-            if error.code not in _AGAIN:
-                break
-        except (OSError, http.client.HTTPException) as error:
-            fault = error
-    raise ConnectionError(f"{shown(url)} cannot be read: {fault}; {remedy}")
+def _request(url: str, size: int, first: int | None) -> bytes:
+    with open_url(url, {} if first is None else {"Range": f"bytes={first}-{first + size - 1}"}) as answer:
+        if first is not None and answer.status != 206:
+            raise ValueError(
+                f"{shown(url)}: the server ignores byte ranges, and a whole tar is not fetched for every sample; "
+                "put the shards on one that knows them, or copy them here"
+            )
+        data = answer.read(size + 1)
+        promised = int(answer.headers.get("Content-Length", len(data))) if first is None else size
+    if not len(data) == promised <= size:
+        raise http.client.IncompleteRead(data, promised - len(data))
+    return data
 
 
 class Remote:
-    """Members of shards behind http(s), each checked against its sha256 and kept under it in a folder.
+    """Reads files behind http(s), and keeps what has a known sha256 in a folder, under that name.
 
     Files are written beside and renamed, so that processes may share the folder; the one not read for longest goes
     first. A process looks at the whole only after it has written a sixteenth of the limit, and then leaves seven
@@ -118,51 +93,55 @@ class Remote:
         self.folder, self.limit = Path(folder or Path(home, "ldm", "shards")), limit
         self._written = limit  # what lies there already is counted at the first write
 
-    def index(self, url: str, digest: str | None) -> bytes:
-        """The index of a shard, from the folder if ``digest``, its sha256, is known."""
-        kept = None if digest is None else self._get(bytes.fromhex(digest))
-        if kept is None:
-            kept = fetch(beside(url, f"{file_name(url)}.index.json"), MAX_SPAN,
-                         remedy="is the index there? make it with: ldm index, and put it beside the shard")  # fmt: skip
-            if hashlib.sha256(kept).hexdigest() == digest:
-                self._put(bytes.fromhex(digest), kept)
-        return kept
-
-    def members(self, url: str, key: str, places: Mapping[str, Place]) -> dict[str, bytes]:
-        """The members of a sample, by extension; if one is not in the folder, all come by one request.
+    def read(
+        self,
+        url: str,
+        size: int,  # bytes; without ``first`` the most that the file may have
+        first: int | None = None,  # byte, of a range request
+        digest: bytes | None = None,  # sha256, where it is known
+        name: str = "",  # what is read, for the message
+        remedy: str = "check the address and the network",
+    ) -> bytes:
+        """Part of a file or all of it; tried a few times, which also mends what was changed on the way.
 
         Raises:
-            BadSample: if one is not what the index says.
+            BadSample: if its sha256 is another.
             ConnectionError: if the server does not give it.
+            ValueError: if it gives the whole file where a part was asked for.
         """
-        kept = {extension: self._get(place.digest) for extension, place in places.items()}
-        found = {extension: data for extension, data in kept.items() if data is not None}
-        if len(found) == len(places):
-            return found
-        first = min(place.offset for place in places.values())
-        size = max(place.offset + place.size for place in places.values()) - first
-        if size > MAX_SPAN:
-            raise BadSample(f"{shown(url)}: {key} is spread over {size} bytes; the limit is {MAX_SPAN}")
-        for _ in range(2):  # what was changed on the way is right the second time
-            data = fetch(url, size, first)
-            read = {e: data[place.offset - first :][: place.size] for e, place in places.items()}
-            wrong = [e for e, place in places.items() if hashlib.sha256(read[e]).digest() != place.digest]
-            if not wrong:
-                for extension, place in places.items():
-                    self._put(place.digest, read[extension])
-                return read
-        raise BadSample(f"{shown(url)}: {key}.{wrong[0]} is damaged (its sha256 is not the index's); copy the tar anew")
+        kept = self._kept(digest)
+        if kept is not None:
+            return kept
+        fault: Exception | None = None
+        for attempt in range(TRIES):
+            time.sleep(PAUSE * attempt)
+            try:
+                data = _request(url, size, first)
+                if digest in (None, hashlib.sha256(data).digest()):
+                    self._keep(digest, data)
+                    return data
+                fault = BadSample(f"{shown(url)}: {name} is damaged (its sha256 is not the index's); copy the tar anew")
+            except (OSError, http.client.HTTPException) as error:
+                fault = error
+                if isinstance(error, urllib.error.HTTPError) and error.code not in _AGAIN:
+                    break
+        if isinstance(fault, BadSample):
+            raise fault
+        raise ConnectionError(f"{shown(url)} cannot be read: {fault!r}; {remedy}") from fault
 
-    def _get(self, digest: bytes) -> bytes | None:
-        path = self.folder / digest.hex()
-        with contextlib.suppress(FileNotFoundError):
-            data = path.read_bytes()
-            if hashlib.sha256(data).digest() == digest:
-                os.utime(path)
-                return data
+    def _kept(self, digest: bytes | None) -> bytes | None:
+        if digest is not None:
+            path = self.folder / digest.hex()
+            with contextlib.suppress(FileNotFoundError):
+                data = path.read_bytes()
+                if hashlib.sha256(data).digest() == digest:
+                    os.utime(path)
+                    return data
         return None
 
-    def _put(self, digest: bytes, data: bytes) -> None:
+    def _keep(self, digest: bytes | None, data: bytes) -> None:
+        if digest is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".partial-", delete=False) as file:
             file.write(data)
