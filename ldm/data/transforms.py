@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,19 +16,18 @@ class BadSample(ValueError):
     """One sample that is damaged or cannot be decoded; with ``on_bad="skip"`` another stands in for it."""
 
 
-@contextmanager
-def open_image(data: bytes, name: str) -> Iterator[Image.Image]:
-    """A webp, png or jpeg file of which only the header has been read; what goes wrong becomes BadSample."""
+_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
+
+
+def promised_pixels(data: bytes) -> int:
+    """Pixels of an image by its header; 0 where none can be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")
-            yield image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(f"{name}: not a readable webp, png or jpeg ({error})") from error
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return MAX_PIXELS + 1
+    except _UNREADABLE:
+        return 0
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
@@ -40,11 +36,16 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
     Raises:
         BadSample: a ValueError naming ``name``, for other formats, damage, or more than 32 megapixels.
     """
-    with open_image(data, name) as image:
-        if "A" in image.getbands() or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return image.convert("RGB")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")
+            if "A" in image.getbands() or "transparency" in image.info:
+                rgba = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+            return image.convert("RGB")
+    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+        raise BadSample(f"{name}: not a readable webp, png or jpeg ({error})") from error
 
 
 def fit(image: Image.Image, height: int, width: int, crop_y: float = 0.5, crop_x: float = 0.5) -> Image.Image:
