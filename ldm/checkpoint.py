@@ -212,8 +212,8 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     try:  # said outright, weights_only=True is not undone by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD (tests/test_security.py)
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = (str(error).partition("WeightsUnpickler error: ")[2] or str(error)).strip().splitlines()[0]
-        raise ValueError(f"{folder}/{STATE} is refused, nothing in it was run: {reason}") from error
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "it is damaged")
+        raise ValueError(f"{folder}/{STATE} is refused, and nothing in it was run: {reason}") from error
     return state
 
 

@@ -36,7 +36,8 @@ def check_targets(node: Any, resolved: bool = False) -> None:
         if "_target_" in node and "settings" in node:
             raise ValueError("settings beside a _target_ is refused: wandb's may name a program, or where keys go")
         for key, value in node.items():
-            if str(key).strip().lower() == "_target_" and (key != "_target_" or value not in _allowed()):
+            # Hydra's other keys of this kind call a class another way than it is called here.
+            if str(key).strip().startswith("_") and (key != "_target_" or value not in _allowed()):
                 raise ValueError(
                     f"{key}={value} is refused; a config may name only {', '.join(_allowed())}; "
                     f"classes of your own: {ALLOW}=package.Class in the environment"

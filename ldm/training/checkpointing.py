@@ -77,3 +77,8 @@ class Folders(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
         super().on_train_end(trainer, pl_module)
+
+
+def no_pickle(kind: type, *arguments: Any, **named: Any) -> Any:
+    """Stands where Lightning has ``load_from_checkpoint``, which unpickles a file or an address: ValueError."""
+    raise ValueError(f"{kind.__name__}.load_from_checkpoint is refused: it would run a pickle; use ldm.load(RUN_DIR)")

@@ -11,10 +11,13 @@ from ldm.autoencoder import Autoencoder
 from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
 from ldm.text import TextEncoder
 from ldm.training.cache import CachedSet, LatentCache
+from ldm.training.checkpointing import no_pickle
 
 
 class DataModule(pl.LightningDataModule):
     """Training and validation batches of a data set; which sample stands where hangs on (seed, position) alone."""
+
+    load_from_checkpoint: Any = classmethod(no_pickle)
 
     def __init__(
         self,
