@@ -150,7 +150,8 @@ def test_a_hostile_override_runs_nothing(
 ) -> None:
     monkeypatch.setenv("EVIL_TARGET", "os.system")
     # What the environment gives is an interpolation again: it must not be resolved a second time.
-    monkeypatch.setenv("EVIL_NODE", f"${{oc.create:'{{_target_: os.system, command: touch {canary}}}'}}")
+    # Of a target that Hydra's own list lets through.
+    monkeypatch.setenv("EVIL_NODE", f"${{oc.create:'{{_target_: webdataset.gopen, url: \"pipe:touch {canary}\"}}'}}")
     assert door(train, small(tmp_path / "run", shapes, override.format(canary=canary))) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "run/checkpoints").exists()
@@ -336,11 +337,11 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tup
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_a_bomb_is_refused_or_harmless_and_takes_less_than_100_megabytes(
+def test_a_bomb_is_refused_and_takes_less_than_100_megabytes(
     grown: dict[tuple[str, str], tuple[str, float]], kind: str
 ) -> None:
     outcome, megabytes = grown["picture", kind]
-    assert outcome == "refused" or kind.startswith("a ")  # Pillow passes over a text or profile that is too long
+    assert outcome == "refused"
     assert megabytes < 100
 
 
