@@ -6,18 +6,16 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ldm.data.remote import MAX_INDEX_BYTES, Remote, beside, file_name, is_remote, shown
 from ldm.data.shards import (
     EXTENSIONS,
     FORMAT,
@@ -28,19 +26,12 @@ from ldm.data.shards import (
     scan,
     write_atomically,
 )
+from ldm.data.sources import Files, Source, as_source, beside, file_name, shown
 from ldm.data.transforms import BadSample
 
 CATALOGUE = "catalogue.json"
 KEPT = 16  # indices in memory, of a set with a catalogue
 _PLACE = np.dtype([("offset", "i8"), ("size", "i4"), ("digest", "V32")])
-
-
-class Place(NamedTuple):
-    """Where a member lies in its tar."""
-
-    offset: int
-    size: int  # bytes
-    digest: bytes  # sha256
 
 
 @dataclass(frozen=True)
@@ -65,6 +56,8 @@ class Index:
             self.keys: list[str] = [str(sample["key"]) for sample in read["samples"]]
             self._places: dict[str, np.ndarray] = {}
             for row, sample in enumerate(read["samples"]):
+                if len({*IMAGES} & {*sample["members"]}) != 1 or "txt" not in sample["members"]:
+                    raise ValueError(f"{self.keys[row]} is not one image and one .txt")
                 for extension, (offset, size, digest) in sample["members"].items():
                     inside = 0 <= offset <= offset + size <= self.size and 0 < size <= MAX_MEMBER_BYTES
                     if extension not in EXTENSIONS or not inside:
@@ -74,10 +67,10 @@ class Index:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{name}: not an index ({error}); make it anew with: ldm index") from error
 
-    def places(self, row: int) -> dict[str, Place]:
-        """Where the members of a sample lie, by extension."""
-        found = {extension: places[row] for extension, places in self._places.items() if places[row]["size"]}
-        return {e: Place(int(at["offset"]), int(at["size"]), at["digest"].tobytes()) for e, at in found.items()}
+    def places(self, row: int) -> list[tuple[str, int, int, bytes]]:
+        """Extension, first byte, size and sha256 of each member of a sample."""
+        found = [(extension, places[row]) for extension, places in self._places.items() if places[row]["size"]]
+        return [(e, int(at["offset"]), int(at["size"]), at["digest"].tobytes()) for e, at in found]
 
 
 class ShardDataset:
@@ -98,17 +91,15 @@ class ShardDataset:
         cache: str | Path | None = None,  # of remote shards: where to keep what was read; None takes ~/.cache/ldm
         cache_bytes: int = 16 * 10**9,  # how much of it
     ) -> None:
-        self._remote = Remote(cache, cache_bytes)
-        self.shards, self._listed, self._source = _find(paths, self._remote)
+        self._files = Files(cache, cache_bytes)
+        self.shards, self._listed = _find(paths, self._files)
         self.indices_kept = KEPT if self._listed else len(self.shards)
         self._indices: OrderedDict[int, Index] = OrderedDict()
         self._chosen: np.ndarray | None = None  # of each number, which sample it is, counted shard by shard
         if self._listed and keys is None:
-            counts = [count for count, _ in self._listed]
+            self._starts = np.cumsum([0, *(count for count, _ in self._listed)])
         else:
-            counts = [len(self._index(shard).keys) for shard in range(len(self.shards))]
-        self._starts = np.cumsum([0, *counts])
-        if not self._listed or keys is not None:
+            self._starts = np.cumsum([0, *(len(self._index(shard).keys) for shard in range(len(self.shards)))])
             self._chosen = self._by_key(keys)
 
     def _by_key(self, keys: Sequence[str] | None) -> np.ndarray:
@@ -116,7 +107,8 @@ class ShardDataset:
         for shard, name in enumerate(self.shards):
             for sample, key in enumerate(self._index(shard).keys, int(self._starts[shard])):
                 if key in found:
-                    raise ValueError(f"key {key} is in {shown(self.shards[self._shard(found[key])])} and {shown(name)}")
+                    other = np.searchsorted(self._starts, found[key], "right") - 1
+                    raise ValueError(f"key {key} is in {shown(self.shards[other])} and {shown(name)}")
                 found[key] = sample
         missing = sorted(set(keys or ()) - set(found))
         if missing:
@@ -128,13 +120,18 @@ class ShardDataset:
 
     def __getitem__(self, number: int) -> Sample:
         """A sample; BadSample, a ValueError, if it is damaged."""
-        shard, row = self._find(number)
-        index, name = self._index(shard), self.shards[shard]
-        key = index.keys[row]
-        read = {e: self._read(name, place, f"{key}.{e}") for e, place in index.places(row).items()}
+        index, row, shard = self._find(number)
+        read = {}
+        for extension, first, size, digest in index.places(row):
+            read[extension] = self._files.read(shard, first, size, digest)
+            if hashlib.sha256(read[extension]).digest() != digest:
+                raise BadSample(
+                    f"{shown(shard)}: {index.keys[row]}.{extension} is damaged (its sha256 is not the index's); "
+                    "copy the shard again, or index it anew with: ldm index"
+                )
         image = next(read[extension] for extension in IMAGES if extension in read)
         meta = json.loads(read["json"]) if "json" in read else {}
-        return Sample(key, image, read["txt"].decode("utf-8").strip("\n"), meta)
+        return Sample(index.keys[row], image, read["txt"].decode("utf-8").strip("\n"), meta)
 
     @property
     def counts(self) -> list[int] | None:
@@ -144,8 +141,8 @@ class ShardDataset:
     @cached_property
     def keys(self) -> list[str]:
         """The key of every sample; of a set with a catalogue this reads every index."""
-        places = [self._find(number) for number in range(len(self))]
-        return [self._index(shard).keys[row] for shard, row in places]
+        found = map(self._find, range(len(self)))
+        return [index.keys[row] for index, row, _ in found]
 
     @cached_property
     def index_hash(self) -> str:
@@ -154,12 +151,11 @@ class ShardDataset:
         if self._chosen is None:
             content = [[file_name(s), *listed] for s, listed in zip(self.shards, self._listed, strict=True)]
         else:
-            content = []
-            for number in range(len(self)):
-                shard, row = self._find(number)
-                index = self._index(shard)
-                members = sorted((extension, place.digest.hex()) for extension, place in index.places(row).items())
-                content.append([index.keys[row], members])
+            found = map(self._find, range(len(self)))
+            content = [
+                [index.keys[row], sorted((place[0], place[3].hex()) for place in index.places(row))]
+                for index, row, _ in found
+            ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def subset(self, numbers: Sequence[int]) -> ShardDataset:
@@ -171,57 +167,35 @@ class ShardDataset:
             part.__dict__.pop(name, None)
         return part
 
-    def _shard(self, sample: int) -> int:
-        return int(np.searchsorted(self._starts, sample, "right")) - 1
-
-    def _find(self, number: int) -> tuple[int, int]:
-        """Shard and row of a sample."""
+    def _find(self, number: int) -> tuple[Index, int, Source]:
+        """Where a sample is: the index of its shard, its row there, the shard."""
         number = range(len(self))[number]
         sample = number if self._chosen is None else int(self._chosen[number])
-        shard = self._shard(sample)
-        return shard, sample - int(self._starts[shard])
-
-    def _read(self, shard: Path | str, place: Place, name: str) -> bytes:
-        if isinstance(shard, str):
-            return self._remote.read(shard, place.size, place.offset, place.digest, name)
-        with open(shard, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), place.size, place.offset)
-        if hashlib.sha256(data).digest() != place.digest:
-            raise BadSample(
-                f"{shard}: {name} is damaged (its sha256 is not the index's); "
-                "copy the shard again, or index it anew with: ldm index"
-            )
-        return data
+        shard = int(np.searchsorted(self._starts, sample, "right")) - 1
+        return self._index(shard), sample - int(self._starts[shard]), self.shards[shard]
 
     def _index(self, shard: int) -> Index:
         if shard not in self._indices:
-            name, digest = self.shards[shard], bytes.fromhex(self._listed[shard][1]) if self._listed else None
-            try:
-                content = self._index_bytes(name, digest)
-                if digest not in (None, hashlib.sha256(content).digest()):
-                    raise BadSample("another sha256")
-            except BadSample as error:  # not one sample, but all of its shard: nothing stands in for them
-                raise ValueError(
-                    f"{shown(name)}: its index is not the one of {self._source}; run: ldm index FOLDER"
-                ) from error
-            index = Index(content, f"{shown(name)}.index.json")
-            size = name.stat().st_size if isinstance(name, Path) else index.size
+            tar, listed = self.shards[shard], self._listed[shard] if self._listed else None
+            path = beside(tar, f"{file_name(tar)}.index.json")
+            if isinstance(tar, Path) and not path.is_file():  # type: ignore[union-attr]
+                content = index_bytes(scan(tar))
+            else:
+                digest = bytes.fromhex(listed[1]) if listed else None
+                content = self._files.read(path, digest=digest, remedy="make an index there with: ldm index")
+            index = Index(content, shown(path))
+            if listed not in (None, (len(index.keys), hashlib.sha256(content).hexdigest())):
+                raise ValueError(f"{shown(path)} is not the index that {CATALOGUE} lists; run: ldm index FOLDER")
+            size = tar.stat().st_size if isinstance(tar, Path) else index.size
             if size != index.size:
                 raise ValueError(
-                    f"{name}: {size} bytes, its index says {index.size}: cut or changed; run: ldm index {name}"
+                    f"{tar}: {size} bytes, its index says {index.size}: cut or changed; run: ldm index {tar}"
                 )
             self._indices[shard] = index
         self._indices.move_to_end(shard)
         while len(self._indices) > self.indices_kept:
             self._indices.popitem(last=False)
         return self._indices[shard]
-
-    def _index_bytes(self, shard: Path | str, digest: bytes | None) -> bytes:
-        if isinstance(shard, str):
-            url, remedy = beside(shard, f"{file_name(shard)}.index.json"), "make an index there with: ldm index"
-            return self._remote.read(url, MAX_INDEX_BYTES, digest=digest, name="index", remedy=remedy)
-        path = index_path(shard)
-        return path.read_bytes() if path.is_file() else index_bytes(scan(shard))
 
 
 def write_catalogue(folder: Path) -> Path:
@@ -251,42 +225,38 @@ def find_tars(folder: Path) -> list[Path]:
     return found
 
 
-def _find(
-    paths: str | Path | Sequence[str | Path], remote: Remote
-) -> tuple[list[Path | str], list[tuple[int, str]], str]:
-    """Shards (a Path is local, a str remote); where a catalogue lists them, samples and hash of each; and its name."""
-    shards: list[Path | str]
-    if not isinstance(paths, (str, Path)):
-        shards = [str(path) if is_remote(path) else Path(path) for path in paths]
+def _find(paths: str | Path | Sequence[str | Path], files: Files) -> tuple[list[Source], list[tuple[int, str]]]:
+    """The shards, and where a catalogue lists them, samples of each and sha256 of its index."""
+    if isinstance(paths, (str, Path)):
+        source = as_source(paths)
+        if isinstance(source, Path) and source.is_dir():
+            if not (source / CATALOGUE).is_file():
+                return [*find_tars(source)], []
+            source = source / CATALOGUE
+        if file_name(source) == CATALOGUE:
+            rows = _rows(files.read(source), shown(source))
+            if isinstance(source, Path) and [row[0] for row in rows] != [tar.name for tar in find_tars(source.parent)]:
+                raise ValueError(f"{source} lists other shards than lie there; run: ldm index {source.parent}")
+            return [beside(source, row[0]) for row in rows], [row[1:] for row in rows]
+        shards = [source]
+    else:
+        shards = [as_source(path) for path in paths]
         if not shards:
             raise ValueError("the list of shards is empty; name at least one tar")
-    elif is_remote(paths):
-        if file_name(paths) == CATALOGUE:
-            rows = _rows(remote.read(str(paths), MAX_INDEX_BYTES), shown(paths))
-            return [beside(str(paths), row[0]) for row in rows], [row[1:] for row in rows], shown(paths)
-        shards = [str(paths)]
-    else:
-        root = Path(paths)
-        catalogue = root if root.name == CATALOGUE else root / CATALOGUE
-        if catalogue.is_file():
-            rows = _rows(catalogue.read_bytes(), str(catalogue))
-            if [row[0] for row in rows] != [path.name for path in find_tars(catalogue.parent)]:
-                raise ValueError(f"{catalogue} lists other shards than lie there; run: ldm index {catalogue.parent}")
-            return [catalogue.parent / row[0] for row in rows], [row[1:] for row in rows], str(catalogue)
-        shards = [*find_tars(root)] if root.is_dir() else [root]
     for shard in shards:
         if isinstance(shard, Path) and not shard.is_file():
             raise FileNotFoundError(f"no shard at {shard}; give a tar, a list of tars or a folder of them")
-    return shards, [], ""
+    return shards, []
 
 
 def _rows(content: bytes, name: str) -> list[Any]:
-    """Name, number of samples and hash of the index of every shard in a catalogue."""
+    """Name, number of samples and sha256 of the index of every shard in a catalogue."""
     try:
         read = json.loads(content)
-        rows = [(file, int(count), str(digest)) for file, count, digest in read["shards"]]
-        if read["format"] != FORMAT or not all(re.fullmatch(r"[\w\-.]+\.tar", row[0]) and row[1] > 0 for row in rows):
-            raise ValueError("another format, or an odd name")
+        rows = [(str(tar), int(count), str(digest)) for tar, count, digest in read["shards"]]
+        odd = [row for row in rows if not re.fullmatch(r"[\w\-.]+\.tar [1-9]\d* [0-9a-f]{64}", "{} {} {}".format(*row))]
+        if read["format"] != FORMAT or odd:
+            raise ValueError(odd[0] if odd else f"format {read['format']}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: not a catalogue ({error}); make it anew with: ldm index FOLDER") from error
     return rows

@@ -9,13 +9,14 @@ from __future__ import annotations
 import http.client
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import webdataset
 from torch.utils.data import IterableDataset
 
-from ldm.data.remote import is_remote, open_url, shown
 from ldm.data.shards import IMAGES, read_samples
+from ldm.data.sources import as_source, open_url, shown
 from ldm.data.transforms import decode_image, fit, to_tensor
 
 
@@ -37,7 +38,7 @@ def web_stream(
     """
     listed = [urls] if isinstance(urls, str) else list(urls)
     for url in listed:
-        is_remote(url)  # refuses "pipe:" and the like before webdataset sees it
+        as_source(url)  # refuses "pipe:" and the like before webdataset sees it
     expanded = [each for url in listed for each in webdataset.shardlists.braceexpand.braceexpand(url)]
     if not expanded:
         raise ValueError("an empty list of shards came; give paths or http(s) urls")
@@ -53,10 +54,10 @@ def web_stream(
 
 def _samples(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        url = shard["url"]
-        name = shown(url)
+        source = as_source(shard["url"])
+        name = shown(source)
         try:
-            with open_url(url, {}) if is_remote(url) else open(url, "rb") as file:
+            with open(source, "rb") if isinstance(source, Path) else open_url(source) as file:
                 for key, members in read_samples(file, name):
                     yield {"__key__": key, "name": name, **{each: data for each, (_, data) in members.items()}}
         except http.client.HTTPException as error:

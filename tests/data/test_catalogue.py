@@ -97,7 +97,7 @@ def test_a_shard_that_changed_after_the_catalogue_is_refused_when_it_is_met(fold
     write_shard(folder / "1.tar", changed)
     data = ShardDataset(folder)
     assert data[0].key == "key000"
-    with pytest.raises(ValueError, match=r"1\.tar: its index is not the one of .*catalogue\.json; run: ldm index") as e:
+    with pytest.raises(ValueError, match=r"1\.tar\.index\.json is not the index that catalogue\.json lists; run") as e:
         TrainingSet(data.subset([4]), 0, 16, 16, on_bad="skip")[0]
     assert not isinstance(e.value, BadSample)
 

@@ -13,7 +13,7 @@ from serving import Server, times
 from test_shards import picture, samples, tar_of
 from torch.utils.data import DataLoader
 
-from ldm.data import BadSample, ShardDataset, TrainingSet, build_index, remote, write_catalogue, write_shard
+from ldm.data import BadSample, ShardDataset, TrainingSet, build_index, sources, write_catalogue, write_shard
 from ldm.data.stream import web_stream
 
 ENOUGH = 10**9
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setattr(sources, "PAUSE", 0.0)
     with Server(folder).running() as server:
         yield server
 
@@ -114,7 +114,7 @@ def test_leftovers_of_a_killed_process_are_counted_and_go(server: Server, tmp_pa
 )
 def test_a_fault_that_passes_costs_a_try_and_nothing_else(server: Server, tmp_path: Path, answer: object) -> None:
     data = opened(server, tmp_path / "cache")
-    server.fault = times(remote.TRIES - 1, answer)  # type: ignore[arg-type]
+    server.fault = times(sources.TRIES - 1, answer)  # type: ignore[arg-type]
     assert data[3].caption == "caption 3"
 
 
@@ -127,7 +127,7 @@ def test_a_fault_that_stays_names_the_address_after_a_few_tries(
     before = len(server.asked)
     with pytest.raises(ConnectionError, match=rf"{server.url}/a\.tar cannot be read.*check the address"):
         data[3]
-    assert len(server.asked) == before + remote.TRIES
+    assert len(server.asked) == before + sources.TRIES
 
 
 def test_a_byte_that_stays_changed_is_a_bad_sample_by_name(server: Server, folder: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_network_that_is_down_is_no_bad_sample(server: Server, tmp_path: Path)
 def test_a_server_that_does_not_answer_is_given_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "TIMEOUT", 0.2)
+    monkeypatch.setattr(sources, "TIMEOUT", 0.2)
     data = opened(server, tmp_path / "cache")
     server.fault = lambda server, path, data: time.sleep(0.5)  # type: ignore[func-returns-value]
     with pytest.raises(ConnectionError, match=r"a\.tar cannot be read.*timed out"):
@@ -200,7 +200,7 @@ def test_keys_in_an_address_reach_the_server_and_no_message(server: Server, fold
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/a", "data:,x"])
 def test_a_redirect_leads_nowhere_but_to_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setattr(sources, "PAUSE", 0.0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -246,7 +246,7 @@ def test_an_index_that_is_not_the_catalogues_ends_the_training_also_under_skip(
     changed[1][1]["txt"] = b"another"
     write_shard(folder / "b.tar", changed)
     data = ShardDataset(f"{server.url}/catalogue.json", cache=tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"b\.tar: its index is not .*catalogue\.json; run: ldm index") as caught:
+    with pytest.raises(ValueError, match=r"b\.tar\.index\.json is not the index that catalogue\.json lists") as caught:
         data[9]
     assert not isinstance(caught.value, BadSample)
 

@@ -1,4 +1,4 @@
-"""Shards behind http(s): byte ranges of them, verified, and kept in a folder that processes may share."""
+"""Where shards lie: files here, or behind http(s) by range requests, with a folder that keeps what came."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
-
-from ldm.data.transforms import BadSample
 
 TRIES = 4  # of a request; a network that fails for longer ends the training, with what was saved
 TIMEOUT = 30  # seconds without a byte
 PAUSE = 0.5  # seconds before the second try, twice as many before the third, and so on
-MAX_INDEX_BYTES = 2**28
+MAX_FILE_BYTES = 2**28  # of an index or a catalogue
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)  # what a server may get over
 
 # urllib's own opener reads file:, ftp: and data: as well, also where a server redirects to them.
@@ -29,61 +26,54 @@ for _kind in ("ProxyHandler", "UnknownHandler", "HTTPHandler", "HTTPSHandler", "
               "HTTPRedirectHandler", "HTTPErrorProcessor"):  # fmt: skip
     _OPENER.add_handler(getattr(urllib.request, _kind)())
 
+Source = Path | str  # a file here | an address
 
-def is_remote(source: str | Path) -> bool:
-    """Whether a shard is behind http(s); ValueError for what is neither that nor a path.
+
+def as_source(name: str | Path) -> Source:
+    """A Path for a file here, a str for an address; ValueError for what is neither a path nor http(s).
 
     webdataset reads ``pipe:`` as a shell command, and ``::`` as a list in which one may hide: neither is opened here.
     """
-    text = str(source)
+    text = str(name)
     remote = re.match(r"https?://[^/\s]", text, re.IGNORECASE)
     scheme = re.match(r"\s*[A-Za-z][A-Za-z0-9+.\-]*:", text)
     if "::" in text or "pipe:" in text.lower() or (scheme and not remote):
         raise ValueError(f"shard {text!r} is refused; the rule is a local path, http:// or https://, one shard each")
-    return remote is not None
+    return text if remote else Path(name)
 
 
-def file_name(source: str | Path) -> str:
+def file_name(source: Source) -> str:
     """The last part of a path or address."""
-    return (source if isinstance(source, Path) else Path(urlsplit(source).path)).name
+    return source.name if isinstance(source, Path) else urlsplit(source).path.rpartition("/")[2]
 
 
-def beside(url: str, name: str) -> str:
-    """The address of a file in the same folder, under the same query."""
-    parts = urlsplit(url)
+def beside(source: Source, name: str) -> Source:
+    """A file in the same folder; of an address under the same query."""
+    if isinstance(source, Path):
+        return source.with_name(name)
+    parts = urlsplit(source)
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
 
 
-def shown(source: str | Path) -> str:
-    """A shard as a message may name it: without user and query, which hold keys."""
-    parts = urlsplit(str(source))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")) if parts.netloc else str(source)
+def shown(source: Source) -> str:
+    """A source as a message may name it: an address without user and query, which hold keys."""
+    if isinstance(source, Path):
+        return str(source)
+    parts = urlsplit(source)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
-def open_url(url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-    """A server's answer, to be read and closed."""
-    answer: http.client.HTTPResponse = _OPENER.open(urllib.request.Request(url, headers=dict(headers)), timeout=TIMEOUT)
+def open_url(url: str, span: str | None = None) -> http.client.HTTPResponse:
+    """A server's answer, to be read and closed; ``span`` as "0-99" asks for these bytes."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={span}"} if span else {})
+    answer: http.client.HTTPResponse = _OPENER.open(request, timeout=TIMEOUT)
     return answer
 
 
-def _request(url: str, size: int, first: int | None) -> bytes:
-    with open_url(url, {} if first is None else {"Range": f"bytes={first}-{first + size - 1}"}) as answer:
-        if first is not None and answer.status != 206:
-            raise ValueError(
-                f"{shown(url)}: the server ignores byte ranges, and a whole tar is not fetched for every sample; "
-                "put the shards on one that knows them, or copy them here"
-            )
-        data = answer.read(size + 1)
-        promised = int(answer.headers.get("Content-Length", len(data))) if first is None else size
-    if not len(data) == promised <= size:
-        raise http.client.IncompleteRead(data, promised - len(data))
-    return data
+class Files:
+    """Reads files here and behind http(s), and keeps what came from there and has a known sha256, under that name.
 
-
-class Remote:
-    """Reads files behind http(s), and keeps what has a known sha256 in a folder, under that name.
-
-    Files are written beside and renamed, so that processes may share the folder; the one not read for longest goes
+    Kept files are written beside and renamed, so that processes may share the folder; the one not read for longest goes
     first. A process looks at the whole only after it has written a sixteenth of the limit, and then leaves seven
     eighths: with more than two writers the limit may be passed, by a sixteenth each.
     """
@@ -95,39 +85,42 @@ class Remote:
 
     def read(
         self,
-        url: str,
-        size: int,  # bytes; without ``first`` the most that the file may have
-        first: int | None = None,  # byte, of a range request
+        source: Source,
+        first: int = 0,
+        size: int | None = None,  # bytes from ``first`` on; None reads the whole file
         digest: bytes | None = None,  # sha256, where it is known
-        name: str = "",  # what is read, for the message
         remedy: str = "check the address and the network",
     ) -> bytes:
-        """Part of a file or all of it; tried a few times, which also mends what was changed on the way.
+        """A file or a part of it. Of an address, tried again where it fails or is not of its sha256.
+
+        What is of another sha256 after all is returned: the caller knows what it is and what to say.
 
         Raises:
-            BadSample: if its sha256 is another.
-            ConnectionError: if the server does not give it.
-            ValueError: if it gives the whole file where a part was asked for.
+            ConnectionError: naming the address, if the server does not give it; OSError for files here.
         """
+        if isinstance(source, Path):
+            with open(source, "rb", buffering=0) as file:
+                return file.read() if size is None else os.pread(file.fileno(), size, first)
         kept = self._kept(digest)
         if kept is not None:
             return kept
-        fault: Exception | None = None
+        data, fault = None, None
         for attempt in range(TRIES):
             time.sleep(PAUSE * attempt)
             try:
-                data = _request(url, size, first)
-                if digest in (None, hashlib.sha256(data).digest()):
+                data = _request(source, first, size)
+                if digest is None:
+                    return data
+                if hashlib.sha256(data).digest() == digest:
                     self._keep(digest, data)
                     return data
-                fault = BadSample(f"{shown(url)}: {name} is damaged (its sha256 is not the index's); copy the tar anew")
             except (OSError, http.client.HTTPException) as error:
                 fault = error
                 if isinstance(error, urllib.error.HTTPError) and error.code not in _AGAIN:
                     break
-        if isinstance(fault, BadSample):
-            raise fault
-        raise ConnectionError(f"{shown(url)} cannot be read: {fault!r}; {remedy}") from fault
+        if data is None:
+            raise ConnectionError(f"{shown(source)} cannot be read: {fault!r}; {remedy}") from fault
+        return data
 
     def _kept(self, digest: bytes | None) -> bytes | None:
         if digest is not None:
@@ -139,18 +132,14 @@ class Remote:
                     return data
         return None
 
-    def _keep(self, digest: bytes | None, data: bytes) -> None:
-        if digest is None:
-            return
+    def _keep(self, digest: bytes, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".partial-", delete=False) as file:
             file.write(data)
         os.replace(file.name, self.folder / digest.hex())
         self._written += len(data)
-        if self._written > self.limit // 16:
-            self._evict()
-
-    def _evict(self) -> None:
+        if self._written <= self.limit // 16:
+            return
         files = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # another process took it
@@ -161,3 +150,18 @@ class Remote:
                 Path(path).unlink(missing_ok=True)
                 total -= size
         self._written = 0
+
+
+def _request(url: str, first: int, size: int | None) -> bytes:
+    with open_url(url, None if size is None else f"{first}-{first + size - 1}") as answer:
+        if size is not None and answer.status != 206:
+            raise ValueError(
+                f"{shown(url)}: the server ignores byte ranges, and a whole tar is not fetched for every sample; "
+                "put the shards on one that knows them, or copy them here"
+            )
+        limit = size or MAX_FILE_BYTES
+        data = answer.read(limit + 1)
+        promised = size or int(answer.headers.get("Content-Length", len(data)))
+    if not len(data) == promised <= limit:
+        raise http.client.IncompleteRead(data, promised - len(data))
+    return data
