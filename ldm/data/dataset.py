@@ -16,16 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.shards import (
-    EXTENSIONS,
-    FORMAT,
-    IMAGES,
-    MAX_MEMBER_BYTES,
-    index_bytes,
-    index_path,
-    scan,
-    write_atomically,
-)
+from ldm.data import shards as tars
 from ldm.data.sources import Files, Source, as_source, beside, file_name, shown
 from ldm.data.transforms import BadSample
 
@@ -50,17 +41,17 @@ class Index:
     def __init__(self, content: bytes, name: str) -> None:
         try:
             read = json.loads(content)
-            if read["format"] != FORMAT:
-                raise ValueError(f"its format is {read['format']}, this code reads {FORMAT}")
+            if read["format"] != tars.FORMAT:
+                raise ValueError(f"its format is {read['format']}, this code reads {tars.FORMAT}")
             self.size = int(read["size"])
             self.keys: list[str] = [str(sample["key"]) for sample in read["samples"]]
             self._places: dict[str, np.ndarray] = {}
             for row, sample in enumerate(read["samples"]):
-                if len({*IMAGES} & {*sample["members"]}) != 1 or "txt" not in sample["members"]:
+                if len({*tars.IMAGES} & {*sample["members"]}) != 1 or "txt" not in sample["members"]:
                     raise ValueError(f"{self.keys[row]} is not one image and one .txt")
                 for extension, (offset, size, digest) in sample["members"].items():
-                    inside = 0 <= offset <= offset + size <= self.size and 0 < size <= MAX_MEMBER_BYTES
-                    if extension not in EXTENSIONS or not inside:
+                    inside = 0 <= offset <= offset + size <= self.size and 0 < size <= tars.MAX_MEMBER_BYTES
+                    if extension not in tars.EXTENSIONS or not inside:
                         raise ValueError(f"{self.keys[row]}.{extension} is of no known kind, or not in the shard")
                     places = self._places.setdefault(extension, np.zeros(len(self.keys), _PLACE))
                     places[row] = (offset, size, bytes.fromhex(digest))
@@ -129,7 +120,7 @@ class ShardDataset:
                     f"{shown(shard)}: {index.keys[row]}.{extension} is damaged (its sha256 is not the index's); "
                     "copy the shard again, or index it anew with: ldm index"
                 )
-        image = next(read[extension] for extension in IMAGES if extension in read)
+        image = next(read[extension] for extension in tars.IMAGES if extension in read)
         meta = json.loads(read["json"]) if "json" in read else {}
         return Sample(index.keys[row], image, read["txt"].decode("utf-8").strip("\n"), meta)
 
@@ -179,7 +170,7 @@ class ShardDataset:
             tar, listed = self.shards[shard], self._listed[shard] if self._listed else None
             path = beside(tar, f"{file_name(tar)}.index.json")
             if isinstance(tar, Path) and not path.is_file():  # type: ignore[union-attr]
-                content = index_bytes(scan(tar))
+                content = tars.index_bytes(tars.scan(tar))
             else:
                 digest = bytes.fromhex(listed[1]) if listed else None
                 content = self._files.read(path, digest=digest, remedy="make an index there with: ldm index")
@@ -206,14 +197,14 @@ def write_catalogue(folder: Path) -> Path:
     """
     shards, rows, spans = find_tars(folder), [], []
     for shard in shards:
-        content = index_path(shard).read_bytes()
-        keys = Index(content, str(index_path(shard))).keys
+        content = tars.index_path(shard).read_bytes()
+        keys = Index(content, str(tars.index_path(shard))).keys
         rows.append([shard.name, len(keys), hashlib.sha256(content).hexdigest()])
         spans.append((keys[0], keys[-1]))
     spans.sort()
     if any(one[1] >= next_one[0] for one, next_one in itertools.pairwise(spans)):
         ShardDataset(shards)  # some may be in two: it names one
-    write_atomically(folder / CATALOGUE, json.dumps({"format": FORMAT, "shards": rows}, indent=0).encode())
+    tars.write_atomically(folder / CATALOGUE, json.dumps({"format": tars.FORMAT, "shards": rows}, indent=0).encode())
     return folder / CATALOGUE
 
 
@@ -255,7 +246,7 @@ def _rows(content: bytes, name: str) -> list[Any]:
         read = json.loads(content)
         rows = [(str(tar), int(count), str(digest)) for tar, count, digest in read["shards"]]
         odd = [row for row in rows if not re.fullmatch(r"[\w\-.]+\.tar [1-9]\d* [0-9a-f]{64}", "{} {} {}".format(*row))]
-        if read["format"] != FORMAT or odd:
+        if read["format"] != tars.FORMAT or odd:
             raise ValueError(odd[0] if odd else f"format {read['format']}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: not a catalogue ({error}); make it anew with: ldm index FOLDER") from error

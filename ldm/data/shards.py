@@ -86,19 +86,6 @@ def build_index(shard: Path, skip: bool = False) -> dict[str, Any]:
     return index
 
 
-class _Tally:
-    """A file that is read forwards, its bytes counted and hashed on the way."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(size)
-        self.size += len(data)
-        self.digest.update(data)
-        return data
-
-
 def scan(shard: Path, skip: bool = False) -> dict[str, Any]:
     """Read a whole tar and return its index; with ``skip``, a sample without a caption is under "skipped" alone.
 
@@ -108,22 +95,21 @@ def scan(shard: Path, skip: bool = False) -> dict[str, Any]:
     if not shard.is_file():
         raise FileNotFoundError(f"no shard at {shard}; give a WebDataset tar")
     skipped: list[str] | None = [] if skip else None
+    samples = []
     with open(shard, "rb") as file:
-        tally = _Tally(file)
-        samples = [
-            {"key": key, "members": {e: [at, len(data), hashlib.sha256(data).hexdigest()]
-                                     for e, (at, data) in members.items()}}
-            for key, members in read_samples(tally, str(shard), skipped)
-        ]  # fmt: skip
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        for key, members in read_samples(file, str(shard), skipped):
+            places = {e: [at, len(data), hashlib.sha256(data).hexdigest()] for e, (at, data) in members.items()}
+            samples.append({"key": key, "members": places})
+        size = file.tell()
     if not samples:
         raise ValueError(f"{shard}: holds no sample; each is KEY.webp|png|jpg and KEY.txt")
-    index = {"format": FORMAT, "size": tally.size, "sha256": tally.digest.hexdigest(), "samples": samples}
+    index = {"format": FORMAT, "size": size, "sha256": whole, "samples": samples}
     return {**index, "skipped": skipped} if skipped else index
 
 
-def read_samples(
-    file: IO[bytes] | _Tally, name: str, skipped: list[str] | None = None
-) -> Iterator[tuple[str, Members]]:
+def read_samples(file: IO[bytes], name: str, skipped: list[str] | None = None) -> Iterator[tuple[str, Members]]:
     """Key and members of every sample of an open tar, each checked as it comes; a stream will do.
 
     The headers are read here, not by ``tarfile``, which ends silently where a tar is cut, zeroed or garbled, and
