@@ -53,8 +53,9 @@ class Index:
                     inside = 0 <= offset <= offset + size <= self.size and 0 < size <= tars.MAX_MEMBER_BYTES
                     if extension not in tars.EXTENSIONS or not inside:
                         raise ValueError(f"{self.keys[row]}.{extension} is of no known kind, or not in the shard")
-                    places = self._places.setdefault(extension, np.zeros(len(self.keys), _PLACE))
-                    places[row] = (offset, size, bytes.fromhex(digest))
+                    if extension not in self._places:
+                        self._places[extension] = np.zeros(len(self.keys), _PLACE)
+                    self._places[extension][row] = (offset, size, bytes.fromhex(digest))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{name}: not an index ({error}); make it anew with: ldm index") from error
 
