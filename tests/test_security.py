@@ -166,6 +166,7 @@ def test_a_hostile_config_of_a_run_is_refused_when_the_run_is_resumed(
     saved = tmp_path / "run/config.yaml"
     for text in (
         OmegaConf.to_yaml(cfg).replace("ldm.autoencoder.CalibratedLoss", "os.system"),
+        OmegaConf.to_yaml(cfg).replace(str(shapes), f"pipe:touch {canary}"),
         OmegaConf.to_yaml(cfg) + f"\nhook: !!python/object/apply:os.system ['touch {canary}']\n",
     ):
         saved.write_text(text)

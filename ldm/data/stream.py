@@ -1,4 +1,4 @@
-"""Plain WebDataset streaming, for remote shards too large to index (``data=stream``).
+"""Plain WebDataset streaming, for remote shards that have no index.
 
 Not exactly resumable: the order depends on ranks, workers and a shuffle buffer, and a restart begins anew. Where shards
 can be indexed, use ShardDataset and TrainingSet.

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hydra.utils import instantiate
 from serving import Server, times
 from test_shards import picture, samples, tar_of
 from torch.utils.data import DataLoader
 
+from ldm.cli.training import compose
 from ldm.data import BadSample, ShardDataset, TrainingSet, build_index, sources, write_catalogue, write_shard
 from ldm.data.stream import web_stream
 
@@ -264,6 +266,15 @@ def test_a_connection_that_breaks_in_a_stream_is_an_error(server: Server, folder
     server.fault = times(1, lambda data: data[:3000])
     with pytest.raises((ConnectionError, ValueError), match=r"a\.tar"):
         list(web_stream(f"{server.url}/a.tar", 16, 16))
+
+
+def test_addresses_come_through_the_command_line(server: Server, tmp_path: Path) -> None:
+    a, b = f"{server.url}/a.tar", f"{server.url}/b.tar?token=x%3D1&v=2"
+    given = ["data=shards", f"data.train.paths=[{a},'{b}']", f"data.validation.paths={a}",
+             f"data.train.cache={tmp_path}/1", f"data.validation.cache={tmp_path}/2", "data.on_bad=skip"]  # fmt: skip
+    data = instantiate(compose(given)[0].data, _convert_="all")
+    assert (data.train.shards, data.validation.shards, data.on_bad) == ([a, b], [a], "skip")
+    assert (data.train[9].key, data.validation[5].key) == ("key009", "key005")
 
 
 def test_a_local_index_needs_no_network(tmp_path: Path) -> None:
