@@ -7,8 +7,10 @@ below, and a training's ``state.pt`` is read with ``weights_only=True``.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import pickle
 import platform
 import shutil
 import warnings
@@ -243,8 +245,12 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if STATE not in manifest["files"]:
         raise ValueError(f"{folder} holds no training state: it can be sampled, but not resumed; use init={folder}")
-    read_verified(Path(folder), manifest, STATE)
-    state: dict[str, Any] = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+    data = read_verified(Path(folder), manifest, STATE)
+    try:  # said outright, weights_only=True is not undone by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD (tests/test_security.py)
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "it is damaged")
+        raise ValueError(f"{folder}/{STATE} is refused, and nothing in it was run: {reason}") from error
     return state
 
 

@@ -39,11 +39,12 @@ def door(command: Command, arguments: list[str]) -> int:
         return 0
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     warnings.showwarning = _note  # type: ignore[assignment]
     try:
         return command(arguments) or 0
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return _fail(_hydra_message(error))
     except (ValueError, OSError) as error:
         if os.environ.get("LDM_TRACEBACK"):

@@ -153,13 +153,20 @@ def pack(arguments: list[str]) -> None:
 
 def index(arguments: list[str]) -> None:
     """``ldm index``."""
-    from ldm.data import build_index
+    from ldm.data import build_index, find_tars, write_catalogue
+    from ldm.data.shards import index_path
 
-    if not arguments:
-        raise ValueError("no shard came; the rule is: ldm index TAR [TAR ...]")
-    for shard in arguments:
-        built = build_index(Path(shard))
-        sys.stdout.write(f"{shard}: {len(built['samples'])} samples\n")
+    settings, bare = parse(arguments, {"skip": False}, ())
+    if not bare or not isinstance(settings["skip"], bool):
+        raise ValueError("the rule is: ldm index TAR|FOLDER [TAR|FOLDER ...] [skip=true]")
+    for path in map(Path, bare):
+        for shard in find_tars(path) if path.is_dir() else [path]:
+            built = build_index(shard, settings["skip"])
+            left = built.get("skipped", [])
+            note = f"; {len(left)} without a caption left out, the first is {left[0]}" if left else ""
+            sys.stdout.write(f"{index_path(shard)}: {len(built['samples'])} samples{note}\n")
+        if path.is_dir():
+            sys.stdout.write(f"{write_catalogue(path)}: the list of them\n")
 
 
 def convert(arguments: list[str]) -> None:

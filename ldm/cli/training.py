@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.settings import OVERRIDE, configs, stamp, value_of
+from ldm.cli.targets import check_targets
 from ldm.data.shards import write_atomically
 
 _SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerator", "trainer.num_nodes",
                       "trainer.timeout", "trainer.accumulate_grad_batches", "data.num_workers", "checkpoint.",
                       "validation.", "samples.")  # fmt: skip
 STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
-_TARGETS = ("ldm.", "pytorch_lightning.loggers.")  # the only classes that a config may name
 
 
 def train(arguments: list[str]) -> int:
@@ -132,19 +132,6 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
     return cfg, run
 
 
-def check_targets(node: Any) -> None:
-    """Refuse a config that names a class or function outside this package and Lightning's loggers."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(_TARGETS):
-            raise ValueError(f"_target_={target} is refused; a config may name only {', '.join(_TARGETS)}*")
-        for value in node.values():
-            check_targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            check_targets(value)
-
-
 def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     """The module, the data and what else a training takes, from its config."""
     import torch
@@ -159,7 +146,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     from ldm.training.loggers import check_wandb
     from ldm.training.run import Intervals
 
-    check_targets(OmegaConf.to_container(cfg, resolve=True))
+    check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
     if cfg.stage not in ("autoencoder", "diffusion"):
         raise ValueError(f"stage={cfg.stage} is unknown; choose autoencoder or diffusion")
     check_wandb(OmegaConf.to_container(cfg.logger, resolve=True))

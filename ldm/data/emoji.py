@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ldm.data.shards import ShardDataset
+from ldm.data.dataset import ShardDataset
 
 FOLDER = Path(str(files("ldm") / "assets" / "emoji_data"))
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3D")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
 from ldm import randomness
-from ldm.data.order import Order
-from ldm.data.shards import Sample, ShardDataset
-from ldm.data.transforms import decode_image, fit, to_tensor
+from ldm.data.dataset import Sample, ShardDataset
+from ldm.data.order import Order, WindowedOrder
+from ldm.data.transforms import BadSample, decode_image, fit, to_tensor
+
+TRIES = 4  # samples that are tried for one position; where a quarter of all is bad, one position in 256 finds none
+POLICIES = ("error", "skip")  # what becomes of a training that meets a bad sample: it ends, or another stands in
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What stands at a position: the sample's number, its caption variant, flip, and crop in [0, 1] down and across."""
+    """What is made of the sample at a position: caption variant, flip, and crop in [0, 1] down and across."""
 
-    number: int
     variant: int
     flip: bool
     crop: tuple[float, float]
@@ -27,6 +29,34 @@ class Choice:
 def captions(sample: Sample) -> list[str]:
     """The caption variants of a sample: ``captions`` of its .json, else its .txt alone."""
     return list(sample.meta.get("captions") or [sample.caption])
+
+
+def candidates(number: int, seed: int, position: int, n: int, on_bad: str) -> list[int]:
+    """The sample that stands at a position, and with ``on_bad="skip"`` those that stand in for it, one after the other.
+
+    They are drawn by (seed, position) alone, so that ranks, workers, restarts and a cache agree about them.
+    """
+    if on_bad not in POLICIES:
+        raise ValueError(f"data.on_bad={on_bad} is unknown; choose one of {', '.join(POLICIES)}")
+    stand_ins = range(1, TRIES if on_bad == "skip" else 1)
+    return [number, *(randomness.integer(seed, f"substitute {i}", position, n) for i in stand_ins)]
+
+
+def first_good(numbers: Sequence[int], read: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """The item of the first number whose sample can be read; ``substituted`` is 1 if that is not the first number.
+
+    Raises:
+        BadSample: if none can be read.
+    """
+    faults: list[BadSample] = []
+    for number in numbers:
+        try:
+            return {**read(number), "substituted": min(len(faults), 1)}
+        except BadSample as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    raise BadSample(f"{len(faults)} samples in a row cannot be read, the first: {faults[0]}") from faults[0]
 
 
 class TrainingSet(Dataset[dict[str, Any]]):
@@ -40,45 +70,64 @@ class TrainingSet(Dataset[dict[str, Any]]):
         width: int,  # pixels
         flip: bool = False,  # mirror half of the images
         random_crop: bool = False,  # else the centre
+        on_bad: str = "error",  # a sample that cannot be read ends the training; "skip": another stands in for it
+        window: int | None = None,  # shards whose samples stand together; None mixes all
     ) -> None:
         self.samples, self.seed, self.height, self.width = samples, seed, height, width
-        self.flip, self.random_crop = flip, random_crop
-        self.order = Order(len(samples), seed)
+        self.flip, self.random_crop, self.on_bad = flip, random_crop, on_bad
+        self.order: Order | WindowedOrder = Order(len(samples), seed)
+        if window is not None:
+            if samples.counts is None:
+                raise ValueError(f"data.window={window} needs a folder with a catalogue; run: ldm index FOLDER")
+            self.order = WindowedOrder(samples.counts, window, seed)
+            samples.indices_kept = max(samples.indices_kept, 2 * window)  # a batch may lie across two windows
+
+    def candidates(self, position: int) -> list[int]:
+        """The samples that may stand at a position; see :func:`candidates`."""
+        return candidates(self.order[position], self.seed, position, self.order.n, self.on_bad)
 
     def choose(self, position: int, num_variants: int) -> Choice:
-        """What stands at a position, of a sample with so many caption variants."""
+        """What is made, at a position, of a sample with so many caption variants."""
         u = randomness.uniform(self.seed, "choice", position, 4)
         crop = (float(u[2]), float(u[3])) if self.random_crop else (0.5, 0.5)
-        return Choice(self.order[position], int(u[0] * num_variants), self.flip and bool(u[1] < 0.5), crop)
+        return Choice(int(u[0] * num_variants), self.flip and bool(u[1] < 0.5), crop)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``."""
-        sample = self.samples[self.order[position]]
-        variants = captions(sample)
-        choice = self.choose(position, len(variants))
-        image = to_tensor(fit(decode_image(sample.image, sample.key), self.height, self.width, *choice.crop))
-        return {
-            "image": image.flip(-1) if choice.flip else image,
-            "caption": variants[choice.variant],
-            "key": sample.key,
-            "position": position,
-        }
+        """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``, ``substituted``."""
+
+        def read(number: int) -> dict[str, Any]:
+            sample = self.samples[number]
+            variants = captions(sample)
+            choice = self.choose(position, len(variants))
+            image = to_tensor(fit(decode_image(sample.image, sample.key), self.height, self.width, *choice.crop))
+            image = image.flip(-1) if choice.flip else image
+            return {"image": image, "caption": variants[choice.variant], "key": sample.key, "position": position}
+
+        return first_good(self.candidates(position), read)
 
 
 class FixedSet(Dataset[dict[str, Any]]):
     """Samples in the order of their keys, first caption, centre crop: what evaluation reads."""
 
-    def __init__(self, samples: ShardDataset, height: int, width: int) -> None:
-        self.samples, self.height, self.width = samples, height, width
+    def __init__(self, samples: ShardDataset, height: int, width: int, on_bad: str = "error") -> None:
+        self.samples, self.height, self.width, self.on_bad = samples, height, width, on_bad
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def candidates(self, number: int) -> list[int]:
+        """The samples that may stand at a position; see :func:`candidates`."""
+        return candidates(number, 0, number, len(self), self.on_bad)
+
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``."""
-        sample = self.samples[number]
-        image = to_tensor(fit(decode_image(sample.image, sample.key), self.height, self.width))
-        return {"image": image, "caption": captions(sample)[0], "key": sample.key, "position": number}
+        """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``, ``substituted``."""
+
+        def read(candidate: int) -> dict[str, Any]:
+            sample = self.samples[candidate]
+            image = to_tensor(fit(decode_image(sample.image, sample.key), self.height, self.width))
+            return {"image": image, "caption": captions(sample)[0], "key": sample.key, "position": number}
+
+        return first_good(self.candidates(number), read)
 
 
 class PositionSampler(Sampler[int]):

@@ -12,22 +12,40 @@ FORMATS = ("WEBP", "PNG", "JPEG")
 MAX_PIXELS = 32 * 2**20  # a header that promises more is refused before anything is decoded
 
 
+class BadSample(ValueError):
+    """One sample that is damaged or cannot be decoded; with ``on_bad="skip"`` another stands in for it."""
+
+
+_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
+
+
+def promised_pixels(data: bytes) -> int:
+    """Pixels of an image by its header; 0 where none can be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return MAX_PIXELS + 1
+    except _UNREADABLE:
+        return 0
+
+
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
     """Decode a webp, png or jpeg file to RGB; what is transparent becomes white.
 
     Raises:
-        ValueError: naming ``name``, for other formats, damage, or more than 32 megapixels.
+        BadSample: a ValueError naming ``name``, for other formats, damage, or more than 32 megapixels.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{name}: {image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")
+                raise ValueError(f"{image.width}×{image.height} pixels; the limit is {MAX_PIXELS}")
             if "A" in image.getbands() or "transparency" in image.info:
                 rgba = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable webp, png or jpeg ({error})") from error
+    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+        raise BadSample(f"{name}: not a readable webp, png or jpeg ({error})") from error
 
 
 def fit(image: Image.Image, height: int, width: int, crop_y: float = 0.5, crop_x: float = 0.5) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 
 from ldm import randomness
 from ldm.data import FixedSet, PositionSampler
-from ldm.data.shards import read_index
+from ldm.data.shards import index_path
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.data import DataModule
 from ldm.training.diffusion import DiffusionTraining
@@ -116,15 +117,13 @@ def thorough(module: Module, data: DataModule, trainer: dict[str, Any]) -> Itera
 def _shards(data: DataModule) -> Iterator[Finding]:
     """Indexes that are no longer those of their shards, and images that are there twice."""
     shards = {shard for samples in (data.train, data.validation) for shard in samples.shards}
-    digests: Counter[str] = Counter()
     for shard in sorted(shards, key=str):
-        if isinstance(shard, Path):
-            index = read_index(shard)
+        if isinstance(shard, Path) and index_path(shard).is_file():
             with open(shard, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != index["sha256"]:
-                    yield Finding("error", f"{shard} is not what its index describes: stale; run: ldm index {shard}")
-    for number in range(len(data.train)):
-        digests[data.train.image_digest(number)] += 1
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if json.loads(index_path(shard).read_bytes())["sha256"] != digest:
+                yield Finding("error", f"{shard} is not what its index describes: stale; run: ldm index {shard}")
+    digests = Counter(data.train.image_digest(number) for number in range(len(data.train)))
     twice = sum(count - 1 for count in digests.values())
     if twice:
         yield Finding("warning", f"{twice} of {len(data.train)} training images are there twice under other keys")

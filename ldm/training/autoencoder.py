@@ -14,6 +14,7 @@ from ldm.autoencoder import Adversarial, Autoencoder, CalibratedLoss
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.data import ShardDataset, decode_image, to_tensor
+from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
 
@@ -22,6 +23,8 @@ SCALE_IMAGES = 512  # images over which the latent scale is measured; latents of
 
 class AutoencoderTraining(pl.LightningModule):
     """Trains an autoencoder; the posterior's noise of a sample hangs on (seed, position) alone."""
+
+    load_from_checkpoint: Any = classmethod(no_pickle)
 
     def __init__(
         self,

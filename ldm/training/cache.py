@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.autoencoder import Autoencoder
-from ldm.data import FixedSet, ShardDataset, TrainingSet, captions
+from ldm.data import BadSample, FixedSet, ShardDataset, TrainingSet, captions
+from ldm.data.sets import first_good
 from ldm.text import TextEncoder
 
 
@@ -29,12 +30,15 @@ class LatentCache:
         height: int,  # pixels
         width: int,  # pixels
         flip: bool,  # mirror images too
+        on_bad: str = "error",  # "skip": a sample that cannot be read is remembered as such
     ) -> None:
         device = next(autoencoder.parameters()).device
-        images = DataLoader(FixedSet(samples, height, width), batch_size=32)
+        images = DataLoader(FixedSet(samples, height, width, on_bad), batch_size=32)
+        self.bad: set[int] = set()
         #: (n, flips, 2, 4, h/8, w/8): the mean and the standard deviation
         moments = []
         for batch in tqdm(images, desc="encoding images", unit="batch", disable=None, leave=False):
+            self.bad |= set(batch["position"][batch["substituted"] > 0].tolist())
             both = [batch["image"], batch["image"].flip(-1)] if flip else [batch["image"]]
             rows = []
             for x in both:
@@ -43,7 +47,7 @@ class LatentCache:
                 rows.append(torch.stack([posterior.mean, posterior.std], dim=1).cpu())
             moments.append(torch.stack(rows, dim=1))
         self.moments = torch.cat(moments)
-        self.variants = [captions(samples[i]) for i in range(len(samples))]
+        self.variants = [[] if i in self.bad else captions(samples[i]) for i in range(len(samples))]
         distinct = sorted({caption for some in self.variants for caption in some}, key=lambda c: (len(c), c))
         self._row = {caption: i for i, caption in enumerate(distinct)}
         self._context: list[torch.Tensor] = []
@@ -73,18 +77,19 @@ class CachedSet(Dataset[dict[str, Any]]):
         return len(self.items.samples)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """``moments`` (2, 4, h/8, w/8), ``context`` (77, d), ``key``, ``position``."""
-        number, variant, flip = position, 0, False
-        if isinstance(self.items, TrainingSet):
-            number = self.items.order[position]
-            choice = self.items.choose(position, len(self.cache.variants[number]))
-            variant, flip = choice.variant, choice.flip
-        return {
-            "moments": self.cache.moments[number, int(flip)],
-            "context": self.cache.context(self.cache.variants[number][variant]),
-            "key": self.items.samples.keys[number],
-            "position": position,
-        }
+        """``moments`` (2, 4, h/8, w/8), ``context`` (77, d), ``key``, ``position``, ``substituted``."""
+
+        def read(number: int) -> dict[str, Any]:
+            key, variants, variant, flip = self.items.samples.keys[number], self.cache.variants[number], 0, False
+            if number in self.cache.bad:
+                raise BadSample(f"{key} could not be read when the cache was made")
+            if isinstance(self.items, TrainingSet):
+                choice = self.items.choose(position, len(variants))
+                variant, flip = choice.variant, choice.flip
+            moments, context = self.cache.moments[number, int(flip)], self.cache.context(variants[variant])
+            return {"moments": moments, "context": context, "key": key, "position": position}
+
+        return first_good(self.items.candidates(position), read)
 
 
 def _chunks(items: Sequence[str], size: int) -> Iterable[Sequence[str]]:

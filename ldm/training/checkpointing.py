@@ -127,3 +127,8 @@ class Folders(pl.Callback):
             names = sorted(path.name for path in self.folder.glob("step-*"))
             for name in set(names[: -self.keep]) - {self.best()}:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def no_pickle(kind: type, *arguments: Any, **named: Any) -> Any:
+    """Stands where Lightning has ``load_from_checkpoint``, which unpickles a file or an address: ValueError."""
+    raise ValueError(f"{kind.__name__}.load_from_checkpoint is refused: it would run a pickle; use ldm.load(RUN_DIR)")

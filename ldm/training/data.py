@@ -11,11 +11,14 @@ from ldm.autoencoder import Autoencoder
 from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
 from ldm.text import TextEncoder
 from ldm.training.cache import CachedSet, LatentCache
+from ldm.training.checkpointing import no_pickle
 from ldm.training.guard import ignore_signals
 
 
 class DataModule(pl.LightningDataModule):
     """Training and validation batches of a data set; which sample stands where hangs on (seed, position) alone."""
+
+    load_from_checkpoint: Any = classmethod(no_pickle)
 
     def __init__(
         self,
@@ -27,13 +30,15 @@ class DataModule(pl.LightningDataModule):
         num_workers: int = 0,  # processes that read data, a device
         flip: bool = False,  # mirror half of the images
         random_crop: bool = False,  # else the centre
+        on_bad: str = "error",  # a sample that cannot be read ends the training; "skip": another stands in for it
+        window: int | None = None,  # shards whose samples stand together, of a set with a catalogue; None mixes all
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         self.train, self.validation = train, validation
         self.height, self.width, self.batch_size, self.num_workers = height, width, batch_size, num_workers
-        self.flip, self.random_crop = flip, random_crop
+        self.flip, self.random_crop, self.on_bad, self.window = flip, random_crop, on_bad, window
         self.seed = 0
         self.train_set: Dataset[dict[str, Any]] | None = None
         self.validation_set: Dataset[dict[str, Any]] | None = None
@@ -46,16 +51,16 @@ class DataModule(pl.LightningDataModule):
         """
         self.seed = seed
         every = max(1, len(self.validation) // limit)
-        validation = ShardDataset(self.validation.shards, keys=self.validation.keys[::every][:limit])
-        train = TrainingSet(self.train, seed, self.height, self.width, self.flip, self.random_crop)
-        fixed = FixedSet(validation, self.height, self.width)
+        validation = self.validation.subset(range(0, len(self.validation), every)[:limit])
+        size = (self.height, self.width)
+        train = TrainingSet(self.train, seed, *size, self.flip, self.random_crop, self.on_bad, self.window)
+        fixed = FixedSet(validation, *size, self.on_bad)
         self.train_set, self.validation_set = train, fixed
         if encoders is not None:
             if self.random_crop:
                 raise ValueError("data.random_crop=true needs images: set cache=false, or random_crop=false")
-            size = (self.height, self.width)
-            self.train_set = CachedSet(train, LatentCache(self.train, *encoders, *size, flip=self.flip))
-            self.validation_set = CachedSet(fixed, LatentCache(validation, *encoders, *size, flip=False))
+            self.train_set = CachedSet(train, LatentCache(self.train, *encoders, *size, self.flip, self.on_bad))
+            self.validation_set = CachedSet(fixed, LatentCache(validation, *encoders, *size, False, self.on_bad))
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """From the trainer's own step on, so that a resumed run goes on where it stopped."""

@@ -14,6 +14,7 @@ from ldm.checkpoint import Contents
 from ldm.diffusion import min_snr_weight, per_sample_error, target
 from ldm.diffusion.schedule import per_image
 from ldm.pipeline import LatentDiffusion
+from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
 
@@ -22,6 +23,8 @@ VALIDATION_BINS = 4  # ranges of timesteps, each validation image once in each
 
 class DiffusionTraining(pl.LightningModule):
     """Trains the UNet of a model; noise, timestep and caption drop of a sample hang on (seed, position) alone."""
+
+    load_from_checkpoint: Any = classmethod(no_pickle)
 
     def __init__(
         self,

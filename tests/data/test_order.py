@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ldm.data import Order
+from ldm.data import Order, WindowedOrder
 
 PINNED = [5, 8, 2, 0, 1, 7, 9, 3, 4, 6, 4, 6, 1, 0, 8, 9, 2, 7, 3, 5]
 PINNED_LARGE = 51755914
@@ -51,3 +51,59 @@ def test_the_order_does_not_change_with_releases() -> None:
 def test_an_empty_order_is_refused() -> None:
     with pytest.raises(ValueError, match="0 samples"):
         Order(0, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Windows of shards
+
+COUNTS = [5, 1, 9, 3, 7, 7, 2]
+PINNED_WINDOWED = [17, 16, 13, 33, 8, 7]
+PINNED_WINDOWED_LARGE = 60084194
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_every_epoch_of_a_windowed_order_has_every_sample_once(window: int, seed: int) -> None:
+    order, n = WindowedOrder(COUNTS, window, seed), sum(COUNTS)
+    for epoch in range(3):
+        assert sorted(order[p] for p in range(epoch * n, (epoch + 1) * n)) == list(range(n))
+
+
+def test_any_position_can_be_read_first() -> None:
+    order, n = WindowedOrder(COUNTS, 2, 1), sum(COUNTS)
+    forwards = [order[p] for p in range(3 * n)]
+    assert [WindowedOrder(COUNTS, 2, 1)[p] for p in range(3 * n)] == forwards
+    assert [order[p] for p in reversed(range(3 * n))][::-1] == forwards
+
+
+def test_a_window_holds_whole_shards_and_no_others() -> None:
+    counts, window = [10] * 12, 3
+    order = WindowedOrder(counts, window, 0)
+    seen = []
+    for start in range(0, 120, 30):
+        shards = [order[p] // 10 for p in range(start, start + 30)]
+        assert len(set(shards)) == window
+        assert shards != sorted(shards)  # mixed within
+        seen += sorted(set(shards))
+    assert sorted(seen) == list(range(12))
+    assert seen != sorted(seen)  # the shards are mixed too
+
+
+def test_windows_epochs_and_seeds_differ() -> None:
+    n = 400
+    first = [WindowedOrder([40] * 10, 5, 0)[p] for p in range(2 * n)]
+    other = [WindowedOrder([40] * 10, 5, 1)[p] for p in range(n)]
+    for a, b in ((first[:n], first[n:]), (first[:n], other)):
+        assert np.mean(np.array(a) == np.array(b)) < 0.03  # 1/200 expected within a window
+    rows = [[i % 40 for i in first[start : start + 200]] for start in (0, 200)]
+    assert np.mean(np.array(rows[0]) == np.array(rows[1])) < 0.12  # 1/40 expected
+
+
+def test_the_windowed_order_does_not_change_with_releases() -> None:
+    assert [WindowedOrder(COUNTS, 3, 0)[p] for p in range(6)] == PINNED_WINDOWED
+    assert WindowedOrder([10_000] * 10_000, 16, 42)[123_456_789_012] == PINNED_WINDOWED_LARGE
+
+
+def test_a_window_of_no_shards_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.window=0"):
+        WindowedOrder(COUNTS, 0, 0)

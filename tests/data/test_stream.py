@@ -54,11 +54,11 @@ def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.pkl", "a.pyd", "a.pth", "a.b.webp"])
 def test_members_outside_the_closed_list_are_refused(tmp_path: Path, name: str) -> None:
     tar = tar_of(tmp_path / "a.tar", [("a.webp", picture(0)), ("a.txt", b"x"), (name, b"x")])
-    with pytest.raises(ValueError, match="refused"):
+    with pytest.raises(ValueError, match=r"a\.tar: (a\.p.. has an unknown extension|key 'a.b' is refused)"):
         list(web_stream(str(tar), 16, 16))
 
 
 def test_incomplete_samples_are_refused(tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "a.tar", [("a.webp", picture(0))])
-    with pytest.raises(ValueError, match=r"a\.tar: a: "):
+    with pytest.raises(ValueError, match=r"a\.tar: sample a has no caption"):
         list(web_stream(str(tar), 16, 16))
