@@ -4,9 +4,8 @@ from collections import Counter
 
 import pytest
 
-from ldm.data import HANDS, STYLES, Sample, decode_image, emoji_dataset
+from ldm.data import HANDS, STYLES, Sample, ShardDataset, decode_image, emoji_dataset
 from ldm.data.emoji import FOLDER, splits
-from ldm.data.shards import ShardDataset
 from tests.tools import make_emoji
 
 Samples = dict[str, list[Sample]]
