@@ -13,7 +13,7 @@ from ldm import randomness
 from ldm.autoencoder import Adversarial, Autoencoder, CalibratedLoss
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
-from ldm.data import ShardDataset, decode_image, to_tensor
+from ldm.data import BadSample, ShardDataset, decode_image, to_tensor
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
@@ -94,8 +94,11 @@ class AutoencoderTraining(pl.LightningModule):
         every = max(1, len(self.samples) // SCALE_IMAGES)
         means, squares = [], []
         for i in range(0, len(self.samples), every):
-            sample = self.samples[i]
-            x = to_tensor(decode_image(sample.image, sample.key))[None].to(self.device)
+            try:
+                sample = self.samples[i]
+                x = to_tensor(decode_image(sample.image, sample.key))[None].to(self.device)
+            except BadSample:  # whether that ends the training is for data.on_bad to say
+                continue
             x = x[..., : x.shape[-2] // DOWNSAMPLING * DOWNSAMPLING, : x.shape[-1] // DOWNSAMPLING * DOWNSAMPLING]
             posterior = model.posterior(x)
             means.append(posterior.mean.double().mean((0, 2, 3)))

@@ -75,6 +75,8 @@ def fit(
         "batch_size": data.batch_size,
         "samples": len(data.train),
         "index": data.train.index_hash,
+        "window": data.window,
+        "on_bad": data.on_bad,
     }
     if resume is not None:
         _check_cursor(checkpoint.read_manifest(resume)["settings"]["cursor"], cursor, resume)
@@ -142,6 +144,7 @@ def _csv(output: Path, resumed: bool) -> CSVLogger:
 
 def _check_cursor(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     """A resumed run must read what it would have read."""
-    different = [f"{name} was {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
+    different = [f"{name} was {old[name]}, now {new[name]}" for name in new.keys() & old if old[name] != new[name]]
     if different:
-        raise ValueError(f"cannot resume from {folder}: {'; '.join(different)}; start a new run with init= instead")
+        listed = "; ".join(sorted(different))
+        raise ValueError(f"cannot resume from {folder}: {listed}; start a new run with init= instead")
