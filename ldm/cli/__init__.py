@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from ldm.cli.commands import convert, evaluate, index, pack, sample
+from ldm.cli.commands import convert, index, pack, sample
 from ldm.cli.help import MAIN_HELP
+from ldm.cli.research import evaluate, reproduce
 from ldm.cli.training import train
 
 __all__ = ["door", "main", "sample", "train"]
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train,
         "sample": sample,
         "evaluate": evaluate,
+        "reproduce": reproduce,
         "pack": pack,
         "index": index,
         "convert": convert,

@@ -1,4 +1,4 @@
-"""The commands that need no training: sample, evaluate, convert, pack, index."""
+"""The commands that need no training: sample, convert, pack, index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.help import CONVERT_HELP, EVALUATE_HELP, INDEX_HELP, PACK_HELP, SAMPLE_HELP
+from ldm.cli.help import CONVERT_HELP, INDEX_HELP, PACK_HELP, SAMPLE_HELP
 from ldm.cli.settings import parse, stamp
 
 
@@ -25,8 +25,12 @@ def sample(arguments: list[str]) -> None:
     from ldm.loading import BUNDLED, load
 
     if {"-h", "--help"} & set(arguments):
-        names = {"models": " ".join(BUNDLED), "samplers_1": " ".join(list(SAMPLERS)[:9]),
-                 "samplers_2": " ".join((*list(SAMPLERS)[9:], "auto")), "grids": " ".join(GRIDS)}
+        names = {
+            "models": " ".join(BUNDLED),
+            "samplers_1": " ".join(list(SAMPLERS)[:9]),
+            "samplers_2": " ".join((*list(SAMPLERS)[9:], "auto")),
+            "grids": " ".join(GRIDS),
+        }
         sys.stdout.write(SAMPLE_HELP.format(**names))
         return
     defaults = {
@@ -130,26 +134,7 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-# --------------------------------------------------------------------------------------------- evaluate, pack, index
-
-
-def evaluate(arguments: list[str]) -> None:
-    """``ldm evaluate``."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(EVALUATE_HELP)
-        return
-    defaults = {
-        "model": "emoji", "data": "emoji48", "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None,
-        "sampler": "ddim", "batch_size": 16, "output": None,
-    }  # fmt: skip
-    settings, bare = parse(arguments, defaults, ("model", "data", "sampler", "output"))
-    if bare:
-        raise ValueError(f"{bare[0]!r} is no setting; write key=value, see ldm evaluate --help")
-    from ldm.evaluation import evaluate_model
-
-    output = Path(settings.pop("output") or f"outputs/evaluation/{stamp()}")
-    sys.stdout.write(evaluate_model(**settings, output=output))
-    sys.stdout.write(f"\nwritten to {output}\n")
+# ------------------------------------------------------------------------------------------------------- pack, index
 
 
 def pack(arguments: list[str]) -> None:

@@ -62,7 +62,8 @@ output=DIR              (outputs/samples/DATE-TIME); a stopped run goes on with 
 MAIN_HELP = """\
 ldm train      train a stage                    ldm train --help
 ldm sample     draw pictures of prompts         ldm sample --help
-ldm evaluate   score a model or an autoencoder  ldm evaluate --help
+ldm evaluate   score, compare, sweep            ldm evaluate --help
+ldm reproduce  make a picture again             ldm reproduce --help
 ldm pack       make shards of your own data     ldm pack --help
 ldm index      check a shard and index it       ldm index --help
 ldm convert    weights of others to ours        ldm convert --help
@@ -71,15 +72,33 @@ ldm convert    weights of others to ours        ldm convert --help
 EVALUATE_HELP = """\
 ldm evaluate [model=emoji] [key=value ...]
 
-Scores a model on the emoji data: pair accuracy (concept and style together) on held-out pairs and on as many
-training pairs, beside real images, chance and a model that ignores the style; and its autoencoder's PSNR.
+Scores a model on the emoji data: pair accuracy (concept and style together) on held-out pairs and on as many training
+pairs, beside real images, chance and a model that ignores the style; FD, KID, precision, recall, text alignment and
+diversity over EfficientNet features; its loss by timestep and caption; its autoencoder. Every figure has its interval.
 
 model=emoji           bundled name, run folder or checkpoint folder; a stage-one run scores the autoencoder alone
 data=emoji48          emoji48 (what the bundled model draws), emoji200 or emoji
 seeds=3               pictures a pair
 limit=                at most so many pairs a split              (all)
 steps=50 guidance_scale= sampler=ddim batch_size=16
-output=DIR            (outputs/evaluation/DATE-TIME)
+against=MODEL         instead: the loss of both on the same (image, t, noise), and whether they differ
+against=FOLDER        of an earlier evaluation: all figures beside its own
+sweep=guidance        instead: quality against adherence     values=1,1.5,2,3,5
+sweep=steps           instead: quality against UNet passes   values=5,10,20,50   samplers=ddim,dpmpp_2m
+split=train           of a sweep: train, heldout_pairs or heldout_concepts
+output=DIR            for report.html, report.md, result.json (outputs/evaluation/DATE-TIME)
+"""
+
+REPRODUCE_HELP = """\
+ldm reproduce IMAGE.png [key=value ...]
+
+Makes a picture again from the settings in its file, and says whether it is the same to the bit, or else by how much it
+differs, and what else does: code, weights, versions, machine.
+
+model=                where its model is                       (bundled, or found by its hash under outputs/)
+weights=ema           ema or raw, as it was drawn with         device=
+init_image= mask=     if it was made from some: they are not in the file
+output=DIR            keep what was drawn
 """
 
 PACK_HELP = """\

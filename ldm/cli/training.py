@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +36,15 @@ def train(arguments: list[str]) -> None:
         raise ValueError(f"output={output} holds a run already; go on with it by resume={output}, or name another")
 
     from ldm import checkpoint
+    from ldm.provenance import environment
     from ldm.training.run import fit
 
     module, data, options = build(cfg)
     output.mkdir(parents=True, exist_ok=True)
     saved = output / "config.yaml"
     OmegaConf.save(cfg, saved)  # not resolved: what an interpolation draws from the environment stays there
+    origin = {**environment(), "index": data.train.index_hash}
+    (output / "environment.json").write_text(json.dumps(origin, indent=1))
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     sys.stdout.write(
         f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
