@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.help import EVALUATE_HELP, REPRODUCE_HELP
-from ldm.cli.settings import parse, stamp
+from ldm.cli.settings import parse, stamp, value_of
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -24,25 +23,28 @@ def evaluate(arguments: list[str]) -> None:
         "split": None, "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None, "sampler": "ddim",
         "batch_size": 16, "output": None,
     }  # fmt: skip
-    settings, bare = parse(arguments, defaults, ("model", "data", "against", "sweep", "split", "sampler", "output"))
+    texts = ("model", "data", "against", "sweep", "values", "samplers", "split", "sampler", "output")
+    settings, bare = parse(arguments, defaults, texts)
     if bare:
         raise ValueError(f"{bare[0]!r} is no setting; write key=value, see ldm evaluate --help")
-    if settings["sweep"] is not None and settings["against"] is not None:
+    axis, against = settings["sweep"], settings["against"]
+    if axis is not None and against is not None:
         raise ValueError("sweep= and against= are two questions; ask one at a time")
-    only = ("values", "samplers", "split")
-    if settings["sweep"] is None and (extra := [key for key in only if settings[key] is not None]):
-        raise ValueError(f"{extra[0]}= belongs to sweep=guidance or sweep=steps; give one, or leave it out")
-    from ldm import provenance
+    given = {key: settings[key] for key in ("values", "samplers", "split") if settings[key] is not None}
+    if axis is None and given:
+        raise ValueError(f"{min(given)}= belongs to sweep=guidance or sweep=steps; give one, or leave it out")
+    from ldm import provenance, request
     from ldm.evaluation import Drawing, compare_losses, score, sweep
 
+    for key in ("seeds", "batch_size", *(["limit"] if settings["limit"] is not None else [])):
+        request.count(key, settings[key])
+    drawing = Drawing(*(settings[key] for key in ("seeds", "steps", "guidance_scale", "sampler", "batch_size")))
     command = shlex.join(["ldm", "evaluate", *arguments])
     shared = {"data": settings["data"], "limit": settings["limit"], "command": command}
-    drawing = Drawing(*(settings[key] for key in ("seeds", "steps", "guidance_scale", "sampler", "batch_size")))
-    against = settings["against"]
-    if settings["sweep"] is not None:
-        samplers = settings["samplers"] or settings["sampler"]
-        report = sweep(settings["model"], settings["sweep"], _list(settings["values"]), _list(samplers) or (),
-                       split=settings["split"] or "train", drawing=drawing, **shared)  # fmt: skip
+    if axis is not None:
+        lists = {key: value_of(key, f"[{given[key]}]") for key in ("values", "samplers") if key in given}
+        lists = {"samplers": [settings["sampler"]], **lists}
+        report = sweep(settings["model"], axis, split=given.get("split", "train"), drawing=drawing, **lists, **shared)
     elif against is not None and not (Path(against) / "result.json").is_file():
         report = compare_losses(settings["model"], against, **shared)
     else:
@@ -51,14 +53,6 @@ def evaluate(arguments: list[str]) -> None:
     output = Path(settings["output"] or f"outputs/evaluation/{stamp()}")
     report.write(output)
     sys.stdout.write(f"{report.markdown()}\nwritten to {output}: report.html report.md result.json\n")
-
-
-def _list(value: Any) -> list[Any] | None:
-    """One value, or a list as ``[a, b]`` or ``a,b``."""
-    if value is None or isinstance(value, list):
-        return value
-    parts = str(value).split(",")
-    return [part if re.search("[a-z]", part) else float(part) for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------------- reproduce

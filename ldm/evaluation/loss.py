@@ -49,7 +49,7 @@ class Losses(NamedTuple):
         members: dict[str, set[int]] = defaultdict(set)
         for i, sample in enumerate(self.samples):
             style = sample.meta.get("style")
-            words = re.findall(r"\w+", captions(sample)[0].lower().replace(f"{style} style".lower(), ""))
+            words = re.findall(r"\w{3,}", captions(sample)[0].lower().replace(f"{style} style".lower(), ""))
             for name in [*words, *([f"style: {style}"] if style else [])]:
                 members[name].add(i)
         of_image, groups = self.error.mean(1), np.array(self.groups)

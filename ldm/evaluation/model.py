@@ -31,6 +31,8 @@ def pairs_of(name: str, split: str, limit: int | None = None) -> list[Sample]:
     Raises:
         ValueError: an unknown name or split, a limit below 1.
     """
+    if name == "openmoji" or name not in all_splits():  # one hand drew all of it: nothing to compare with
+        raise ValueError(f"data set {name!r} is unknown here; choose emoji48, emoji200 or emoji")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: score at least one pair, or None for all")
     samples = emoji_dataset(name, split)
@@ -147,7 +149,7 @@ def evaluate_pairs(
         if progress is not None:
             progress(len(images), len(drawn))
     features, concepts = cat(parts), [s.meta["concept"] for s, _ in drawn]
-    scores = scorer.score_features(features, concepts, [s.meta["style"] for s, _ in drawn])
+    scores = scorer.score(features, concepts, [s.meta["style"] for s, _ in drawn])
     fingerprint = {
         **judge.fingerprint,
         "data": f"{name}, {split}, {len(pairs)} pairs",

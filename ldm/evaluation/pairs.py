@@ -139,20 +139,15 @@ class PairScorer:
         pairs = zip(self.real.concepts, self._hands, strict=True)
         return any(c == concept and hand != HANDS[style] for c, hand in pairs)
 
-    def score(self, images: Tensor, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
-        """Score pictures, float32 (n, 3, h, w) in [-1, 1], of which each concept and style was asked for.
+    def score(self, features: Features, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
+        """Score pictures by their features (see ``network``), of which each concept and style was asked for.
 
         Raises:
-            ValueError: lengths that differ, an unknown concept or style, a concept that no other hand drew, NaN.
+            ValueError: lengths that differ, an unknown concept or style, a concept that no other hand drew.
         """
-        return self.score_features(self.network(images), concepts, styles)
-
-    def score_features(self, features: Features, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
-        """The same for features already at hand."""
-        if not len(features.pooled) == len(concepts) == len(styles):
-            raise ValueError(
-                f"{len(features.pooled)} pictures, {len(concepts)} concepts, {len(styles)} styles: give one of each"
-            )
+        lengths = [len(features.pooled), len(concepts), len(styles)]
+        if len(set(lengths)) > 1:
+            raise ValueError("{} pictures, {} concepts, {} styles: give one of each".format(*lengths))
         for concept, style in set(zip(concepts, styles, strict=True)):
             if style not in STYLES:
                 raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(STYLES)}")
@@ -175,7 +170,7 @@ class PairScorer:
         """The score of the data set's own images, asked for as what they are."""
         rows = [self.real.keys.index(key) for key in keys]
         concepts, styles = [self.real.concepts[i] for i in rows], [self.real.styles[i] for i in rows]
-        return self.score_features(self.real.features.of(rows), concepts, styles)
+        return self.score(self.real.features.of(rows), concepts, styles)
 
     def _normalise(self, pooled: Tensor) -> Tensor:
         return F.normalize(pooled - self._centre, dim=1)

@@ -37,7 +37,7 @@ def score(
     judge: Judge | None = None,  # to reuse one of this data set
 ) -> Report:
     """Everything about one model: what it draws, its loss, its autoencoder."""
-    drawing, earlier = drawing or Drawing(), {} if against is None else _read(against)
+    drawing, earlier = drawing or Drawing(), None if against is None else _read(against)
     report = Report(str(source), command, result={"model": str(source)})
     samples = {split: pairs_of(data, split, limit) for split in all_splits().get(data, SPLITS)}
     if "unet" in checkpoint.read_manifest(loading.find(source))["components"]:
@@ -48,7 +48,7 @@ def score(
             own = {"figures": scored.figures, "table": scored.table}
             report.result[split] = {**own, "reference": scored.reference.figures()}
             report.parts += _drawn(data, scored)
-            if split in earlier:
+            if earlier is not None:
                 report.parts.append(_compared(f"{split}: this evaluation less that in {against}", own, earlier[split]))
         for split in SPLITS:
             report.parts += _loss_parts(split, measure(model, samples[split]), report)
@@ -58,7 +58,8 @@ def score(
     rows = []
     network = None if judge is None else judge.scorer.network
     for split in [split for split in samples if split.startswith("heldout")]:
-        found, std, active = evaluate_autoencoder(autoencoder, samples[split], drawing.batch_size, network)
+        by_key = sorted(samples[split], key=lambda sample: sample.key)
+        found, std, active = evaluate_autoencoder(autoencoder, by_key, drawing.batch_size, network)
         report.result[f"autoencoder, {split}"] = {"figures": found, "std of z": std.tolist(), "active units": active}
         named = {**found, "active units": active, "std of z": ", ".join(f"{value:.2f}" for value in std)}
         rows += [[split, name, value] for name, value in named.items()]
@@ -184,11 +185,12 @@ def _loss_parts(title: str, losses: Losses, report: Report) -> list[Part]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """The result of an earlier evaluation."""
     try:
-        found: dict[str, Any] = json.loads((folder / "result.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"against={folder}: its result.json is none of ldm evaluate ({error})") from error
-    return found
+        found = json.loads((folder / "result.json").read_text("utf-8"))
+        return {split: {key: found[split][key] for key in ("figures", "table")} for split in SPLITS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"against={folder}: its result.json is not that of a model's evaluation ({error})") from error
 
 
 def _compared(title: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
@@ -209,4 +211,4 @@ def _compared(title: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> T
 
 def _differences(title: str, found: Sequence[Figure], note: str = "") -> Table:
     rows = [[d.name, d._replace(note=""), d.verdict, d.gain or ""] for d in found]
-    return Table(title, ["", "difference", "verdict", "narrower by pairing"], rows, note)
+    return Table(title, ["of", "difference", "verdict", "narrower by pairing"], rows, note)

@@ -47,7 +47,7 @@ def test_a_wrong_concept_and_a_wrong_style_are_told_apart(made_up_scorer: PairSc
     real = made_up_scorer.real.features
     # c0 in style 0, four times: as it is; in style 1; c1 instead; c1 in style 1.
     features = Features(real.pooled[[0, 1, 4, 5]], real.texture[[0, 1, 4, 5]])
-    scores = made_up_scorer.score_features(features, ["c0"] * 4, [STYLES[0]] * 4)
+    scores = made_up_scorer.score(features, ["c0"] * 4, [STYLES[0]] * 4)
     assert scores.predicted_styles == [STYLES[0], STYLES[1], STYLES[0], STYLES[1]]
     assert scores.nearest == ["c0", "c0", "c1", "c1"]
     assert scores.columns().T[[0, 2, 3]].tolist() == [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]
@@ -64,9 +64,7 @@ def test_images_by_the_same_hand_are_no_help(network: EfficientNetLite0) -> None
 
 def test_a_featureless_picture_wins_no_concept(made_up_scorer: PairScorer) -> None:
     centre = made_up_scorer.real.features.pooled.mean(0, keepdim=True)  # as near to all: nothing but ties
-    scores = made_up_scorer.score_features(
-        Features(centre, made_up_scorer.real.features.texture[:1]), ["c0"], [STYLES[0]]
-    )
+    scores = made_up_scorer.score(Features(centre, made_up_scorer.real.features.texture[:1]), ["c0"], [STYLES[0]])
     assert scores.columns()[0, METRICS.index("concept R@5")] == 0
 
 
@@ -90,7 +88,7 @@ def test_invalid_requests_are_refused(
 ) -> None:
     features = Features(made_up_scorer.real.features.pooled[:1], made_up_scorer.real.features.texture[:1])
     with pytest.raises(ValueError, match=message):
-        made_up_scorer.score_features(features, concepts, styles)
+        made_up_scorer.score(features, concepts, styles)
 
 
 def test_a_data_set_without_several_hands_is_refused(network: EfficientNetLite0) -> None:
@@ -145,7 +143,7 @@ def test_real_images_under_other_names_score_at_chance(scorer: PairScorer) -> No
     rows = [scorer.real.keys.index(key) for key in HELDOUT]
     features = Features(scorer.real.features.pooled[rows], scorer.real.features.texture[rows])
     concepts = [scorer.real.concepts[row] for row in rows]
-    shifted = scorer.score_features(features, concepts[11:] + concepts[:11], [scorer.real.styles[row] for row in rows])
+    shifted = scorer.score(features, concepts[11:] + concepts[:11], [scorer.real.styles[row] for row in rows])
     assert shifted.figures()["concept R@1"].value < 0.06  # chance 0.005; some neighbours look alike
     assert shifted.figures()["pair accuracy"].value < 0.05
 

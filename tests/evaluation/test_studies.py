@@ -83,13 +83,16 @@ def test_sweeps_give_a_table_a_front_and_curves(saved: Path, judge48: Judge, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=nothing"], "'nothing' is unknown"),
+        (["data=nothing"], "'nothing' is unknown here"),
         (["sweep=seeds"], "choose guidance or steps"),
         (["sweep=guidance", "against=emoji"], "ask one at a time"),
         (["values=1,2"], "belongs to sweep="),
         (["samplers=ddim"], "belongs to sweep="),
         (["seeds=0"], "at least 1"),
-        (["limit=0", "against=emoji"], "at least one pair"),
+        (["seeds=x"], "a whole number of at least 1"),
+        (["data=openmoji"], "choose emoji48"),
+        (["sweep=steps", "values=[1"], "not a value"),
+        (["limit=0", "against=emoji"], "limit=0"),
         (["against=nowhere"], "no model at nowhere"),
         (["model=nowhere"], "no model at nowhere"),
         (["a word"], "is no setting"),
@@ -109,9 +112,10 @@ def test_bad_requests_of_evaluate_end_with_2_one_line_and_no_file(
     assert not out.exists()
 
 
-def test_what_is_no_result_is_refused(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"its result\.json is none of ldm evaluate"):
+@pytest.mark.parametrize("text", ["{", "[]", '{"sweep": []}', '{"train": 3, "heldout_pairs": {}}'])
+def test_what_is_no_result_of_a_model_is_refused(saved: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=r"its result\.json is not that of a model's evaluation"):
         score(saved, against=tmp_path)
 
 
