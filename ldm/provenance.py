@@ -21,34 +21,25 @@ _PACKAGES = ("latent-diffusion-lab", "torch", "numpy", "transformers", "tokenize
              "torchmetrics", "pytorch-lightning")  # fmt: skip
 
 
-def code_version() -> str:
-    """The version of this package."""
-    return _version("latent-diffusion-lab")
-
-
-@cache
 def environment() -> dict[str, Any]:
     """Where this process runs, as plain values, without the name of a person, a host or a folder.
 
     Returns:
         ``git``: commit of the code and whether it is dirty, None outside a repository; ``versions`` of Python and
-        packages; ``machine``.
+        packages; ``machine``, with the names of all its GPUs, which wakes them.
     """
-    machine = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
-    return {"git": _git(), "versions": versions, "machine": machine}
+    return {"git": _git(), "versions": versions, "machine": {**_machine(), "gpus": gpus}}
 
 
 def origin() -> dict[str, Any]:
     """What a capsule says beside prompt, seed and settings: whatever else may change a pixel."""
-    git, machine = environment()["git"], environment()["machine"]
+    git = _git()
     commit = {} if git is None else {"commit": git["commit"] + "+changes" * git["dirty"]}
-    versions = {"ldm": code_version(), **commit, "torch": torch.__version__}
-    return {"versions": versions, "machine": {**machine, "threads": torch.get_num_threads()}}
+    versions = {"ldm": _version("latent-diffusion-lab"), **commit, "torch": torch.__version__}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}
+    return {"versions": versions, "machine": {**_machine(), **gpu}}
 
 
 def write_png(path: Path, image: Image.Image, capsule: dict[str, Any]) -> None:
@@ -95,6 +86,15 @@ def _version(name: str) -> str:
         return "unknown"
 
 
+def _machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@cache
 def _git() -> dict[str, Any] | None:
     """Commit of the repository that holds this file, and whether a tracked file differs from it; None without one."""
     here = Path(__file__).resolve().parent

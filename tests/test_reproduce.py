@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,28 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import ldm
 from ldm.cli import main, research
 from ldm.pipeline import LatentDiffusion
 from ldm.provenance import CHUNK, environment, open_png, read_png
+from tests.conftest import tiny_model
 
 PROMPTS = ["a red square", "a green disc", "blue", "a, style"]
 
 
-@pytest.fixture
-def saved(model: LatentDiffusion, tmp_path: Path) -> Path:
-    model.save(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reproduce") / "model"
+    tiny_model().save(path)
+    return path
 
 
-@pytest.fixture
-def picture(saved: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def picture(saved: Path) -> Path:
     """The third of a batch of four."""
-    import ldm
-
-    ldm.load(saved).sample(PROMPTS, "green", steps=3, seed=5, sampler="dpmpp_2m_sde").save(tmp_path / "pictures")
-    return tmp_path / "pictures/00002.png"
+    folder = saved.parent / "pictures"
+    ldm.load(saved).sample(PROMPTS, "green", steps=3, seed=5, sampler="dpmpp_2m_sde").save(folder)
+    return folder / "00002.png"
 
 
 def rewritten(path: Path, target: Path, **changes: Any) -> Path:
@@ -81,7 +84,7 @@ def test_a_model_is_found_by_its_hash(
     assert re.search(r"no model of hash '[0-9a-f]{16}' is bundled or under outputs/", capsys.readouterr().err)
     run = tmp_path / "outputs/run/checkpoints/step-00000001"
     run.parent.mkdir(parents=True)
-    saved.rename(run)
+    shutil.copytree(saved, run)
     assert main(["reproduce", str(picture), "output=again"]) == 0
     assert "bit-identical" in capsys.readouterr().out
     assert read_png(tmp_path / "again/00000.png")["prompt"] == PROMPTS[2]
@@ -104,8 +107,6 @@ def test_what_differs_is_named_and_measured(model: LatentDiffusion, picture: Pat
 
 
 def test_a_picture_made_from_another_asks_for_it(saved: Path, tmp_path: Path, capsys: Any) -> None:
-    import ldm
-
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     ldm.load(saved).sample("blue", init_image=tmp_path / "red.png", steps=4, strength=0.5).save(tmp_path / "out")
     made = str(tmp_path / "out/00000.png")

@@ -28,7 +28,8 @@ class Figure(NamedTuple):
     def __str__(self) -> str:
         width = self.high - self.low
         places = max(3, 1 - math.floor(math.log10(width))) if width > 0 else 3  # two digits of the width at least
-        text = f"{self.value:.{places}f} ({self.low:.{places}f} to {self.high:.{places}f})"
+        spread = f"{self.low:.{places}f} to {self.high:.{places}f}" if width > 0 else f"all {self.n} alike"
+        text = f"{self.value:.{places}f} ({spread})"
         return f"{text} [{self.note}]" if self.note else text
 
     @property

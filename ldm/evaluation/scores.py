@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.data import STYLES
 from ldm.evaluation.figures import Figure, mean
 
-METRICS = ("concept R@1", "concept R@5", "style", "pair accuracy")
+METRICS = ("concept R@1", "concept R@5", "style accuracy", "pair accuracy")
 
 
 @dataclass(frozen=True)

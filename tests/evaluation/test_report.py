@@ -50,6 +50,8 @@ def test_a_row_of_another_length_is_refused() -> None:
 def test_a_figure_is_written_with_its_interval_in_as_many_places_as_it_needs() -> None:
     assert str(Figure("x", 0.4333, 0.2321, 0.6489, 60)) == "0.433 (0.232 to 0.649)"
     assert str(Figure("x", 0.00012, 0.00011, 0.00013, 60)) == "0.000120 (0.000110 to 0.000130)"
+    # Of images that are all alike a bootstrap knows no interval, and none is made up.
+    assert str(Figure("x", 0.0, 0.0, 0.0, 39)) == "0.000 (all 39 alike)"
     assert str(Figure("x", 9.0, 8.0, 10.0, 6, "n=6 < 2048: biased")) == "9.000 (8.000 to 10.000) [n=6 < 2048: biased]"
 
 
@@ -92,6 +94,7 @@ const dialog = document.querySelector("dialog");
 seen.before = dialog.open;
 document.querySelectorAll(".grid button")[4].click();
 seen.opened = dialog.open && dialog.querySelector("img").getBoundingClientRect().width;
+seen.top = dialog.scrollTop;
 seen.small = document.querySelector(".grid img").getBoundingClientRect().width;
 seen.about = [...dialog.querySelectorAll("dt")].map(dt => [dt.textContent, dt.nextSibling.textContent]);
 dialog.querySelector("button").click();
@@ -128,6 +131,7 @@ def test_in_a_browser_tables_sort_a_picture_opens_and_the_console_is_silent(tmp_
     assert not seen["before"]
     assert seen["opened"] > 2 * seen["small"] > 0
     assert seen["about"] == [["prompt", f"green {HOSTILE}"], ["seed", "4"], ["steps", "2"]]
+    assert seen["top"] == 0  # the picture is in sight
     assert seen["closed"]
     assert seen["images"] == 0  # none is broken
     assert seen["wide"] == 0  # the page itself never scrolls sideways; wide tables do within
