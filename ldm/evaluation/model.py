@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ldm.data import Sample, captions, emoji_dataset
 from ldm.data.emoji import PART_OF
@@ -21,8 +22,6 @@ from ldm.evaluation.pairs import PairScorer, hash_order, training_choice
 from ldm.evaluation.scores import PairScores
 from ldm.loading import load_text_encoder
 from ldm.pipeline import LatentDiffusion
-
-Progress = Callable[[int, int], None]  # pictures done, pictures in all
 
 
 def pairs_of(name: str, split: str, limit: int | None = None) -> list[Sample]:
@@ -113,7 +112,6 @@ def evaluate_pairs(
     split: str = "heldout_pairs",  # see pairs_of
     limit: int | None = None,  # so many pairs, chosen by a hash; None is all
     drawing: Drawing | None = None,  # None takes the defaults
-    progress: Progress | None = None,  # called after every batch
     judge: Judge | None = None,  # to reuse one of this data set
 ) -> Scored:
     """Draw every pair of a split from its first caption, with several seeds, and score the pictures.
@@ -133,7 +131,7 @@ def evaluate_pairs(
              for s in pairs for k in range(drawing.seeds)]  # fmt: skip
     prompts = [captions(s)[0] for s, _ in drawn]
     parts, images, settings = [], [], {}
-    for first in range(0, len(drawn), drawing.batch_size):
+    for first in tqdm(range(0, len(drawn), drawing.batch_size), f"{name}, {split}", disable=None):  # on a terminal
         batch = slice(first, first + drawing.batch_size)
         out = model.sample(
             prompts[batch],
@@ -146,8 +144,6 @@ def evaluate_pairs(
         parts.append(scorer.network(out.images))
         images += out.pil()
         settings = {key: value for key, value in out.settings.items() if key not in ("negative_prompts", "batch_size")}
-        if progress is not None:
-            progress(len(images), len(drawn))
     features, concepts = cat(parts), [s.meta["concept"] for s, _ in drawn]
     scores = scorer.score(features, concepts, [s.meta["style"] for s, _ in drawn])
     fingerprint = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ldm import checkpoint, loading
-from ldm.data import STYLES
+from ldm.data import STYLES, Sample
 from ldm.data.emoji import splits as all_splits
 from ldm.evaluation.alignment import COLUMNS as ALIGNMENT
 from ldm.evaluation.figures import Figure, compare, paired
@@ -51,16 +52,17 @@ def score(
             if earlier is not None:
                 report.parts.append(_compared(f"{split}: this evaluation less that in {against}", own, earlier[split]))
         for split in SPLITS:
-            report.parts += _loss_parts(split, measure(model, samples[split]), report)
-        autoencoder = model.autoencoder
+            report.parts += _loss_parts(split, measure(model, samples[split]), report, model.name)
+        autoencoder, weights = model.autoencoder, model.name
     else:
-        autoencoder = loading.load_autoencoder(source)
+        autoencoder, weights = loading.load_autoencoder(source), loading.read(source, only=("autoencoder",))[1]
     rows = []
     network = None if judge is None else judge.scorer.network
     for split in [split for split in samples if split.startswith("heldout")]:
         by_key = sorted(samples[split], key=lambda sample: sample.key)
         found, std, active = evaluate_autoencoder(autoencoder, by_key, drawing.batch_size, network)
-        report.result[f"autoencoder, {split}"] = {"figures": found, "std of z": std.tolist(), "active units": active}
+        report.result[f"autoencoder, {split}"] = {"figures": found, "std of z": std.tolist(), "active units": active,
+                                                  "fingerprint": _fingerprint(by_key, weights)}  # fmt: skip
         named = {**found, "active units": active, "std of z": ", ".join(f"{value:.2f}" for value in std)}
         rows += [[split, name, value] for name, value in named.items()]
     report.parts.append(Table(f"Autoencoder, {data}", ["split", "figure", "value"], rows))
@@ -88,8 +90,8 @@ def compare_losses(
                      f"resolve {half * found[0].gain:.2g}, {found[0].gain:.3g} times as much.")  # fmt: skip
         report.result[split] = found
         report.parts.append(_differences(f"Loss on {data}, {split}: {source} less {against}, by timestep", found, note))
-        for name, one in zip("AB", losses, strict=True):
-            report.parts += _loss_parts(f"{split}, {name}", one, report)
+        for name, one, model in zip("AB", losses, models, strict=True):
+            report.parts += _loss_parts(f"{split}, {name}", one, report, model.name)
     return report
 
 
@@ -132,7 +134,10 @@ def sweep(
     curves = []
     for x, y in [(ADHERENCE, QUALITY)] if axis == "guidance" else [(cost, QUALITY), (cost, ADHERENCE)]:
         curve = {
-            sampler: [(passes if x == cost else s.figures[x], s.figures[y], f"{v:g}") for v, passes, s in points]
+            sampler: [
+                (passes, s.figures[y], "") if x == cost else (s.figures[x], s.figures[y], f"{value:g}")
+                for value, passes, s in points
+            ]
             for sampler, points in lines.items()
         }
         curves.append(Curve(f"{y} against {x}", x, y, curve))
@@ -160,7 +165,7 @@ def _drawn(data: str, scored: Scored) -> list[Part]:
     said = "; ".join(f"{key}: {value}" for key, value in others[ADHERENCE].fingerprint.items() if key != "n")
     title = f"{data}, {scored.split}: {len(scored.table)} pictures"
     return [
-        Table(title, ["", *METRICS], rows, note),
+        Table(title, ["of", *METRICS], rows, note),
         Table(f"{title}, by features", ["figure", "value", "n"], [[k, f, f.n] for k, f in others.items()], said),
         _pictures(title, scored),
     ]
@@ -171,10 +176,17 @@ def _pictures(title: str, scored: Scored) -> Pictures:
     return Pictures(title, list(zip(scored.images, about, strict=True))[:IN_GRID])
 
 
-def _loss_parts(title: str, losses: Losses, report: Report) -> list[Part]:
+def _fingerprint(samples: Sequence[Sample], weights: str) -> dict[str, Any]:
+    """Of figures that hang on images and weights alone."""
+    content = hashlib.sha256(b"".join(sample.image for sample in samples)).hexdigest()[:16]
+    return {"n": len(samples), "reference": content, "weights": weights}
+
+
+def _loss_parts(title: str, losses: Losses, report: Report, weights: str) -> list[Part]:
     """Loss by timestep and caption, and the worst images; also into the report's result."""
     times, groups, worst = losses.by_timestep(), losses.by_caption(), losses.worst()
-    report.result[f"loss, {title}"] = {"by_timestep": times, "by_caption": groups, "worst": worst}
+    report.result[f"loss, {title}"] = {"by_timestep": times, "by_caption": groups, "worst": worst,
+                                        "fingerprint": _fingerprint(losses.samples, weights)}  # fmt: skip
     middle = [sum(map(int, figure.name.split(" to "))) / 2 for figure in times]
     line = [(t, figure, "") for t, figure in zip(middle, times, strict=True)]
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def test_a_report_of_a_model_has_its_scores_their_references_its_loss_and_its_au
         assert figure["low"] <= figure["high"], name
         assert {"reference", "resize", "image_format", "sampler", "steps", "guidance_scale", "seeds", "weights",
                 "n"} <= figure["fingerprint"].keys(), name  # fmt: skip
+    for part in ("loss, train", "loss, heldout_pairs", "autoencoder, heldout_pairs"):
+        assert result[part]["fingerprint"].keys() == {"n", "reference", "weights"}
+        assert re.fullmatch("[0-9a-f]{16}", result[part]["fingerprint"]["weights"])
     page = (tmp_path / "out/report.html").read_text("utf-8")
     assert page.count("data:image/webp;base64,") == 12
     assert "http://" not in page.replace("http://www.w3.org", "")  # names of SVG's name spaces, which nobody fetches
