@@ -240,6 +240,8 @@ class LatentDiffusion:
             "width": size[1],
             "model": self.name,
             "precision": self.precision or str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "batch_size": batch_size,
         }
         only_if_asked = {
             "guidance_interval": None if guidance_interval is None else list(interval),

@@ -48,9 +48,11 @@ class Samples:
         return sheet(self.pil(), columns, gap)
 
     def capsule(self, i: int) -> dict[str, Any]:
-        """What made image i: its prompt, seed and settings."""
-        own = {"negative_prompt": self.settings["negative_prompts"][i]}
-        rest = {name: value for name, value in self.settings.items() if name != "negative_prompts"}
+        """What made image i: its prompt, seed and settings, and its place in a batch of a size, which sets rounding."""
+        first = i - i % self.settings["batch_size"]
+        batch = [i - first, min(self.settings["batch_size"], len(self.images) - first)]
+        own = {"negative_prompt": self.settings["negative_prompts"][i], "batch": batch}
+        rest = {name: value for name, value in self.settings.items() if name not in ("negative_prompts", "batch_size")}
         return {"prompt": self.prompts[i], **own, "seed": self.seeds[i], **rest}
 
     def save(self, folder: str | Path) -> list[Path]:

@@ -39,7 +39,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     **{room: _MODEL for room in ("loading", "convert")},
     "": _MODEL,
     "data": frozenset({"randomness"}),
-    "evaluation": frozenset({"autoencoder", "pipeline", "samples", "checkpoint", "loading", "data", "randomness"}),
+    "evaluation": frozenset(
+        {"text", "autoencoder", "diffusion", "pipeline", "samples", "checkpoint", "loading", "data", "randomness"}
+    ),
     "training": _MODEL | {"data", "evaluation"},
     "experiments": _MODEL | {"", "data", "evaluation", "training"},
     "cli": _MODEL | {"", "batch", "data", "evaluation", "training", "experiments"},

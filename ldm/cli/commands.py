@@ -1,4 +1,4 @@
-"""The commands that need no training: sample, evaluate, convert, pack, index."""
+"""The commands that need no training: sample, convert, pack, index."""
 
 from __future__ import annotations
 
@@ -121,23 +121,7 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-# --------------------------------------------------------------------------------------------- evaluate, pack, index
-
-
-def evaluate(arguments: list[str]) -> None:
-    """``ldm evaluate``."""
-    defaults = {
-        "model": "emoji", "data": "emoji48", "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None,
-        "sampler": "ddim", "batch_size": 16, "output": None,
-    }  # fmt: skip
-    settings, bare = parse(arguments, defaults, ("model", "data", "sampler", "output"))
-    if bare:
-        raise ValueError(f"{bare[0]!r} is no setting; write key=value, see ldm evaluate --help")
-    from ldm.evaluation import evaluate_model
-
-    output = Path(settings.pop("output") or f"outputs/evaluation/{stamp()}")
-    sys.stdout.write(evaluate_model(**settings, output=output))
-    sys.stdout.write(f"\nwritten to {output}\n")
+# ------------------------------------------------------------------------------------------------------- pack, index
 
 
 def pack(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ def train(arguments: list[str]) -> int:
 
     from ldm import checkpoint
     from ldm.experiments.doctor import quick
+    from ldm.provenance import environment
     from ldm.training.run import fit
 
     module, data, options = build(cfg)
@@ -41,6 +43,8 @@ def train(arguments: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
         # Not resolved: what an interpolation draws from the environment stays there.
         write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg).encode())
+        origin = {**environment(), "index": data.train.index_hash}
+        write_atomically(output / "environment.json", json.dumps(origin, indent=1).encode())
         for finding in quick(module, data, options["trainer"], options["intervals"], output):
             sys.stderr.write(f"{finding}\n")
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)

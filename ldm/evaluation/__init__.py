@@ -1,17 +1,15 @@
-"""Evaluation: the score of pictures, the autoencoder's fidelity, and tables of both."""
+"""Evaluation: metrics with their intervals, the score of pictures, losses, comparisons, curves, and their reports."""
 
 from ldm.evaluation.features import EfficientNetLite0, Features
-from ldm.evaluation.model import evaluate_model, evaluate_pairs
+from ldm.evaluation.figures import Figure, compare, mean, paired
+from ldm.evaluation.metrics import ImageMetric, diversity, figures, means, published, set_distances
+from ldm.evaluation.model import Drawing, Judge, evaluate_pairs
 from ldm.evaluation.pairs import PairScorer
 from ldm.evaluation.reconstruction import evaluate_autoencoder
-from ldm.evaluation.scores import PairScores
+from ldm.evaluation.studies import compare_losses, score, sweep
 
 __all__ = [
-    "EfficientNetLite0",
-    "Features",
-    "PairScorer",
-    "PairScores",
-    "evaluate_autoencoder",
-    "evaluate_model",
-    "evaluate_pairs",
-]
+    "Drawing", "EfficientNetLite0", "Features", "Figure", "ImageMetric", "Judge", "PairScorer", "compare",
+    "compare_losses", "diversity", "evaluate_autoencoder", "evaluate_pairs", "figures", "mean", "means", "paired",
+    "published", "score", "set_distances", "sweep",
+]  # fmt: skip

@@ -6,12 +6,14 @@ Distances over these features are not FID, whose features are Inception's, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.data import Sample, ShardDataset, decode_image, fit, to_tensor
 
 INPUT_SIZE = 224  # pixels a side that Lite0 was trained at
 # One block a width. Styles of unseen emoji concepts are told by a linear probe of their statistics in 89 % (80 % after
@@ -21,16 +23,16 @@ _BATCH = 8  # on a CPU twice as fast as 32: the widest activations still fit the
 
 
 class Features(NamedTuple):
-    """What the network sees in n images, float32 on the CPU.
+    """What the network sees in n images, float32 on the CPU."""
 
-    Attributes:
-        pooled: mean over places of the last layer, what is drawn, shape (n, 1280).
-        texture: mean and standard deviation over places of the channels of six earlier blocks, how it is drawn
-            (Huang & Belongie, 1703.06868, §3), shape (n, 1120).
-    """
-
-    pooled: Tensor
+    pooled: Tensor  # what is drawn: mean over places of the last layer, (n, 1280)
+    # How it is drawn: mean and standard deviation over places of the channels of six earlier blocks
+    # (Huang & Belongie, 1703.06868, §3), (n, 1120).
     texture: Tensor
+
+    def of(self, rows: Any) -> Features:
+        """Those of some images."""
+        return Features(self.pooled[rows], self.texture[rows])
 
 
 class EfficientNetLite0(nn.Module):
@@ -60,10 +62,7 @@ class EfficientNetLite0(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Features:
-        """Features of images.
-
-        Args:
-            images: float32 in [-1, 1], shape (n, 3, h, w), any size; values beyond are clamped, as a PNG would.
+        """Features of images, float32 (n, 3, h, w) in [-1, 1] of any size; values beyond are clamped, as a PNG would.
 
         Raises:
             ValueError: another shape or dtype, no image, NaN or infinity.
@@ -91,6 +90,18 @@ class EfficientNetLite0(nn.Module):
                 texture += [h.mean((2, 3)), h.std((2, 3))]
         pooled = net._swish(net._bn1(net._conv_head(h))).mean((2, 3))
         return Features(pooled.cpu(), torch.cat(texture, 1).cpu())
+
+
+def image_batches(
+    samples: Sequence[Sample] | ShardDataset, size: int, height: int | None = None, width: int | None = None
+) -> Iterator[tuple[list[Sample], Tensor]]:
+    """Samples with their images, float32 (n, 3, h, w) in [-1, 1]: as they are, or fitted into a height and width."""
+    for first in range(0, len(samples), size):
+        part = [samples[i] for i in range(first, min(first + size, len(samples)))]
+        images = [decode_image(s.image, s.key) for s in part]
+        if height is not None and width is not None:
+            images = [fit(image, height, width) for image in images]
+        yield part, torch.stack([to_tensor(image) for image in images])
 
 
 def cat(parts: Sequence[Features]) -> Features:

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data import HANDS, STYLES, decode_image, emoji_dataset, to_tensor
+from ldm.data import HANDS, STYLES, captions, emoji_dataset
 from ldm.data.emoji import PART_OF
 from ldm.data.emoji import splits as all_splits
-from ldm.evaluation.features import EfficientNetLite0, Features, cat
+from ldm.evaluation.features import EfficientNetLite0, Features, cat, image_batches
 from ldm.evaluation.scores import PairScores
 
 NUM_CANDIDATES = 200
@@ -36,7 +36,12 @@ def hash_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-# ------------------------------------------------------------------------------------------------ what is compared
+def training_choice(name: str) -> list[str]:
+    """As many training samples as ``heldout_pairs`` has, chosen by a hash; the style probe never learns from them."""
+    sets = all_splits()[name]
+    if name in PART_OF:
+        return [key for key in training_choice(PART_OF[name]) if key in set(sets["train"])]
+    return hash_order(sets["train"])[: len(sets["heldout_pairs"])]
 
 
 @dataclass(frozen=True)
@@ -47,40 +52,31 @@ class RealImages:
     keys: list[str]
     concepts: list[str]  # what is drawn
     styles: list[str]  # how, words of ldm.data.STYLES
-    in_probe: Tensor  # whether the style probe may learn from an image, bool (N,)
+    prompts: list[str]  # first captions
+    in_probe: Tensor  # whether the probes of style and text may learn from an image, bool (N,)
 
-
-def training_choice(name: str) -> list[str]:
-    """As many training samples as ``heldout_pairs`` has, chosen by a hash; the style probe never learns from them."""
-    sets = all_splits()[name]
-    if name in PART_OF:
-        return [key for key in training_choice(PART_OF[name]) if key in set(sets["train"])]
-    return hash_order(sets["train"])[: len(sets["heldout_pairs"])]
+    def chosen(self, rows: Tensor | Sequence[int]) -> tuple[Features, list[str]]:
+        """Features and prompts of some of them."""
+        return self.features.of(rows), [self.prompts[i] for i in torch.arange(len(self.keys))[rows].tolist()]
 
 
 def load_real(name: str, network: EfficientNetLite0 | None = None) -> RealImages:
-    """Features of all images of a data set, every split: about 60 a second on two cores.
-
-    Args:
-        name: ``"emoji200"`` or ``"emoji"``.
-        network: to reuse one.
-    """
+    """Features of all images of ``"emoji200"`` or ``"emoji"``, every split: about 60 a second on two cores."""
     network = EfficientNetLite0() if network is None else network
     sets = all_splits()
     if name not in sets or name == "openmoji" or name in PART_OF:
         raise ValueError(f"data set {name!r} has no held-out pairs by several hands; take emoji200 or emoji")
     kept = set(sets[name]["train"]) - set(training_choice(name))
-    parts: list[Features] = []
-    keys, concepts, styles = [], [], []
-    for split in sets[name]:
-        samples = emoji_dataset(name, split)
-        for first in range(0, len(samples), 64):
-            batch = [samples[i] for i in range(first, min(first + 64, len(samples)))]
-            parts.append(network(torch.stack([to_tensor(decode_image(s.image, s.key)) for s in batch])))
-            keys += [s.key for s in batch]
-            concepts += [s.meta["concept"] for s in batch]
-            styles += [s.meta["style"] for s in batch]
-    return RealImages(cat(parts), keys, concepts, styles, torch.tensor([key in kept for key in keys]))
+    batches = [batch for split in sets[name] for batch in image_batches(emoji_dataset(name, split), 64)]
+    samples = [sample for part, _ in batches for sample in part]
+    return RealImages(
+        cat([network(images) for _, images in batches]),
+        [s.key for s in samples],
+        [s.meta["concept"] for s in samples],
+        [s.meta["style"] for s in samples],
+        [captions(s)[0] for s in samples],
+        torch.tensor([s.key in kept for s in samples]),
+    )
 
 
 class StyleProbe:
@@ -129,7 +125,8 @@ class PairScorer:
         self.network = EfficientNetLite0() if network is None else network
         self.real = load_real(name, self.network) if real is None else real
         styles = torch.tensor([STYLES.index(style) for style in self.real.styles])
-        self.probe = StyleProbe(self.real.features.texture[self.real.in_probe], styles[self.real.in_probe], len(STYLES))
+        kept = self.real.in_probe
+        self.probe = StyleProbe(self.real.features.texture[kept], styles[kept], len(STYLES))
         self._centre = self.real.features.pooled.mean(0)
         self._gallery = self._normalise(self.real.features.pooled)  # (N, d)
         self.concepts = hash_order(sorted(set(self.real.concepts)))
@@ -142,25 +139,15 @@ class PairScorer:
         pairs = zip(self.real.concepts, self._hands, strict=True)
         return any(c == concept and hand != HANDS[style] for c, hand in pairs)
 
-    def score(self, images: Tensor, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
-        """Score pictures.
-
-        Args:
-            images: float32 (n, 3, h, w) in [-1, 1].
-            concepts: asked for, n; as in the data set's ``meta["concept"]``.
-            styles: asked for, n; of ldm.data.STYLES.
+    def score(self, features: Features, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
+        """Score pictures by their features (see ``network``), of which each concept and style was asked for.
 
         Raises:
-            ValueError: lengths that differ, an unknown concept or style, a concept that no other hand drew, NaN.
+            ValueError: lengths that differ, an unknown concept or style, a concept that no other hand drew.
         """
-        return self.score_features(self.network(images), concepts, styles)
-
-    def score_features(self, features: Features, concepts: Sequence[str], styles: Sequence[str]) -> PairScores:
-        """The same for features already at hand."""
-        if not len(features.pooled) == len(concepts) == len(styles):
-            raise ValueError(
-                f"{len(features.pooled)} pictures, {len(concepts)} concepts, {len(styles)} styles: give one of each"
-            )
+        lengths = [len(features.pooled), len(concepts), len(styles)]
+        if len(set(lengths)) > 1:
+            raise ValueError("{} pictures, {} concepts, {} styles: give one of each".format(*lengths))
         for concept, style in set(zip(concepts, styles, strict=True)):
             if style not in STYLES:
                 raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(STYLES)}")
@@ -182,9 +169,8 @@ class PairScorer:
     def reference(self, keys: Sequence[str]) -> PairScores:
         """The score of the data set's own images, asked for as what they are."""
         rows = [self.real.keys.index(key) for key in keys]
-        features = Features(self.real.features.pooled[rows], self.real.features.texture[rows])
         concepts, styles = [self.real.concepts[i] for i in rows], [self.real.styles[i] for i in rows]
-        return self.score_features(features, concepts, styles)
+        return self.score(self.real.features.of(rows), concepts, styles)
 
     def _normalise(self, pooled: Tensor) -> Tensor:
         return F.normalize(pooled - self._centre, dim=1)

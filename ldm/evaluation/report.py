@@ -1,28 +1,131 @@
-"""Results as a table for people and as JSON for programs."""
+"""Results as pages for people, ``report.html`` and ``report.md``, and as ``result.json`` for programs."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from ldm.data.shards import write_atomically
+from ldm.evaluation.figures import Figure
 
-_COLUMNS = {"concept_r1": "concept R@1", "concept_r5": "R@5", "style": "style", "pair": "pair accuracy"}
+
+class Table(NamedTuple):
+    """Rows of as many cells as columns: text, numbers, figures."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def page(self) -> str:
+        """As HTML."""
+        head = "".join(f"<th><button>{html.escape(column)}</button></th>" for column in self.columns)
+        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in self.rows)
+        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
+        return f'{note}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+class Curve(NamedTuple):
+    """Lines of points (x, figure, label) by their name; intervals are drawn."""
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[float | Figure, Figure, str]]]
+
+    def page(self) -> str:
+        """As SVG, its text as text."""
+        import matplotlib
+        from matplotlib.figure import Figure as Sheet
+
+        with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": self.title}):
+            sheet = Sheet(figsize=(4.8, 3.3), layout="constrained")
+            axes = sheet.subplots()
+            for name, points in self.lines.items():
+                x = [_number(at) for at, _, _ in points]
+                y = [figure.value for _, figure, _ in points]
+                sides = [(max(0.0, f.value - f.low), max(0.0, f.high - f.value)) for _, f, _ in points]
+                axes.errorbar(x, y, list(zip(*sides, strict=True)), marker="o", capsize=2, label=name)
+                for at, (_, figure, label) in zip(x, points, strict=True):
+                    axes.annotate(label, (at, figure.value), (4, 4), textcoords="offset points")
+            axes.set(xlabel=self.x, ylabel=self.y)
+            axes.grid(alpha=0.3)
+            if len(self.lines) > 1:
+                axes.legend()
+            buffer = io.StringIO()
+            sheet.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        return f'<div class="curve">{buffer.getvalue()[buffer.getvalue().index("<svg") :]}</div>'
+
+
+class Pictures(NamedTuple):
+    """Small pictures that open large with what is known of each."""
+
+    title: str
+    pictures: Sequence[tuple[Image.Image, Mapping[str, Any]]]
+
+    def page(self) -> str:
+        """As HTML, the pictures in it."""
+        buttons = []
+        for image, about in self.pictures:
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", lossless=True)
+            data = base64.b64encode(buffer.getvalue()).decode()
+            said = html.escape(json.dumps({key: _text(value) for key, value in about.items()}, ensure_ascii=False))
+            alt = html.escape(str(about.get("prompt", "")))
+            picture = f'<img alt="{alt}" src="data:image/webp;base64,{data}">'
+            buttons.append(f'<button data-about="{said}">{picture}</button>')
+        return f'<div class="grid">{"".join(buttons)}</div>'
+
+
+Part = Table | Curve | Pictures
+
+
+@dataclass
+class Report:
+    """What a command measured, in the order of its page."""
+
+    title: str
+    command: str  # that makes it again
+    parts: list[Part] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)  # the same for programs
+
+    def markdown(self) -> str:
+        """The tables as text."""
+        tables = [part for part in self.parts if isinstance(part, Table)]
+        texts = [f"{t.title}\n\n{table(t.columns, t.rows)}" + f"\n{t.note}\n" * bool(t.note) for t in tables]
+        return "\n".join([f"# {self.title}\n\n    {self.command}\n", *texts])
+
+    def html(self) -> str:
+        """One page that needs no network and no other file."""
+        body = "\n".join(f"<h2>{html.escape(part.title)}</h2>{part.page()}" for part in self.parts)
+        texts = {"title": html.escape(self.title), "command": html.escape(self.command), "body": body}
+        page = (files("ldm") / "evaluation" / "report.html").read_text("utf-8")
+        return re.sub(r"\{(title|command|body)\}", lambda found: texts[found[1]], page)
+
+    def write(self, folder: Path) -> None:
+        """``report.html``, ``report.md`` and ``result.json``, each whole or not at all."""
+        write_json(folder / "result.json", {"command": self.command, **self.result})
+        write_text(folder / "report.md", self.markdown())
+        write_text(folder / "report.html", self.html())
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table as Markdown, its columns aligned; ends with a newline.
 
-    Args:
-        columns: their heads.
-        rows: of as many cells; floats are written with three decimals.
-
     Raises:
-        ValueError: a row with another number of cells.
+        ValueError: a row with another number of cells than there are columns.
     """
-    cells = [list(columns), *([f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
+    cells = [list(columns), *([_text(cell) for cell in row] for row in rows)]
     if odd := [row for row in cells if len(row) != len(columns)]:
         raise ValueError(f"row {odd[0]} has {len(odd[0])} cells, the table {len(columns)} columns; give one a column")
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -30,48 +133,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
 
 
-def pairs_table(result: Mapping[str, Any]) -> str:
-    """What ldm.evaluation.evaluate_pairs returned, as Markdown: the model, its styles, and what to hold it against."""
-    generated = result["generated"]
-    rows = [[f"model, {result['seeds']} a pair", *_cells(generated)]]
-    rows += [[f"– asked for {style}", *_cells(part)] for style, part in generated["by_style"].items()]
-    rows.append(["real images of these pairs", *_cells(result["reference"])])
-    rows.append(["model, its style words dealt out at random", *_cells(generated["ignores_style"])])
-    rows.append(["chance", *_cells(generated["chance"])])
-    head = f"{result['dataset']}, {result['split']}: {result['num_pairs']} pairs (95 % intervals over concepts)"
-    left_out = result["num_left_out"]
-    note = f"\n{left_out} more were left out: no other hand drew their concept.\n" if left_out else ""
-    return f"{head}\n\n{table(['', *_COLUMNS.values()], rows)}{note}"
-
-
-def autoencoder_table(result: Mapping[str, Mapping[str, Any]]) -> str:
-    """What ldm.evaluation.evaluate_autoencoder returned, as Markdown, a row a split."""
-    columns = ["split", "images", "PSNR, mode (dB)", "PSNR, sample", "SSIM", "KL a unit", "active units", "std of z"]
-    rows = [
-        [
-            split,
-            r["num_images"],
-            f"{r['psnr']:.2f}",
-            f"{r['psnr_sample']:.2f}",
-            r["ssim"],
-            r["kl_per_unit"],
-            r["active_units"],
-            ", ".join(f"{std:.2f}" for std in r["latent_std"]),
-        ]
-        for split, r in result.items()
-    ]
-    return table(columns, rows)
-
-
 def write_json(path: str | Path, value: object) -> None:
-    """Write JSON, whole or not at all; folders are made.
+    """Write JSON, whole or not at all; folders are made; figures become objects.
 
     Raises:
         ValueError: NaN or infinity in it, which JSON does not have.
     """
     path = Path(path)
     try:
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path.name}: a result is NaN or infinite; look at what was measured") from error
     write_text(path, text + "\n")
@@ -84,12 +154,27 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def _cells(summary: Mapping[str, Any]) -> list[str]:
-    cells = []
-    for name in _COLUMNS:
-        part = summary[name]
-        if isinstance(part, Mapping):
-            cells.append(f"{part['value']:.3f} ({part['low']:.3f} to {part['high']:.3f})")
-        else:
-            cells.append(f"{part:.3f}" if part >= 0.01 else f"{part:.4f}")
-    return cells
+def _plain(value: Any) -> Any:
+    """Figures as objects, which JSON would take for lists."""
+    if isinstance(value, Figure):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _number(cell: Any) -> Any:
+    return cell.value if isinstance(cell, Figure) else cell
+
+
+def _text(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.3f}" if abs(cell) >= 0.01 or cell == 0 else f"{cell:.4f}"
+    return str(cell)
+
+
+def _cell(value: Any) -> str:
+    """A cell of HTML: sorted by its number if it is one, the interval of a figure below its value."""
+    kind = f' data-value="{_number(value)!r}"' if isinstance(_number(value), (int, float)) else ' class="text"'
+    text, space, rest = html.escape(_text(value)).partition(" (" if isinstance(value, Figure) else "\0")
+    return f"<td{kind}>{text}{f'<small>({rest}</small>' if space else ''}</td>"

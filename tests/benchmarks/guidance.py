@@ -15,7 +15,7 @@ from PIL import Image
 
 import ldm
 from ldm.data import captions
-from ldm.evaluation import PairScorer, evaluate_pairs
+from ldm.evaluation import Drawing, Judge, PairScorer, evaluate_pairs
 from ldm.evaluation.model import pairs_of
 from ldm.evaluation.report import table
 from ldm.pipeline import LatentDiffusion
@@ -39,17 +39,16 @@ def diversity(model: LatentDiffusion, scorer: PairScorer, scale: float, prompts:
 def main() -> None:
     """Score every scale, and draw the same four prompts at each."""
     model = ldm.load("emoji", device="cpu")
-    scorer = PairScorer("emoji200")
+    judge = Judge("emoji48")
     prompts = [captions(sample)[0] for sample in pairs_of("emoji48", "train", 16)]
     rows, pictures = [], []
     for scale in SCALES:
         cells: list[str] = []
         for split in ("heldout_pairs", "train"):
-            how = {"seeds": SEEDS, "guidance_scale": scale, "scorer": scorer, **FAST}
-            score = evaluate_pairs(model, "emoji48", split, **how)["generated"]
-            for name in ("concept_r1", "concept_r5", "style", "pair"):
-                cells.append(f"{score[name]['value']:.3f}")
-        rows.append([f"{scale:g}", *cells, f"{diversity(model, scorer, scale, prompts):.3f}"])
+            drawing = Drawing(SEEDS, guidance_scale=scale, **FAST)
+            scores = evaluate_pairs(model, "emoji48", split, drawing=drawing, judge=judge).scores
+            cells += [f"{figure.value:.3f}" for figure in scores.figures().values()]
+        rows.append([f"{scale:g}", *cells, f"{diversity(model, judge.scorer, scale, prompts):.3f}"])
         sys.stdout.write(f"{rows[-1]}\n")
         sys.stdout.flush()
         pictures.append(model.sample(list(SHOWN), guidance_scale=scale, num_images=2, seed=0, **FAST).grid(columns=8))

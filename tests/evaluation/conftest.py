@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ldm.evaluation.features import EfficientNetLite0
+from ldm.evaluation.model import Judge
 from ldm.evaluation.pairs import PairScorer
 
 
@@ -17,3 +18,15 @@ def network() -> EfficientNetLite0:
 def scorer(network: EfficientNetLite0) -> PairScorer:
     """Fitted on all 800 images: about 15 seconds on two cores."""
     return PairScorer("emoji200", network)
+
+
+@pytest.fixture(scope="session")
+def judge(scorer: PairScorer) -> Judge:
+    """Of emoji200."""
+    return Judge("emoji200", scorer)
+
+
+@pytest.fixture(scope="session")
+def judge48(scorer: PairScorer) -> Judge:
+    """Of what the bundled model draws."""
+    return Judge("emoji48", scorer)

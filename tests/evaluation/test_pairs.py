@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 
 from ldm.data import HANDS, STYLES, captions, decode_image, emoji_dataset, to_tensor
 from ldm.data.emoji import splits
-from ldm.evaluation import evaluate_pairs
+from ldm.evaluation import Drawing, Judge, evaluate_pairs
 from ldm.evaluation.features import EfficientNetLite0, Features
 from ldm.evaluation.model import pairs_of
 from ldm.evaluation.pairs import PairScorer, RealImages, StyleProbe, hash_order, load_real, training_choice
-from ldm.evaluation.scores import METRICS, PairScores, interval
+from ldm.evaluation.scores import METRICS, PairScores
 from ldm.randomness import normal
+from ldm.samples import Samples
 
 HELDOUT = splits()["emoji200"]["heldout_pairs"]
 
@@ -29,7 +28,7 @@ def made_up(num_concepts: int = 220) -> RealImages:
     pooled = torch.eye(num_concepts).repeat_interleave(len(STYLES), 0) + 0.01 * normal(0, "a", 0, (len(concepts), 1))
     texture = torch.eye(len(STYLES)).repeat(num_concepts, 1) + 0.1 * normal(0, "b", 0, (len(concepts), len(STYLES)))
     keys = [f"{c}-{s}" for c, s in zip(concepts, styles, strict=True)]
-    return RealImages(Features(pooled, texture), keys, concepts, styles, torch.ones(len(keys), dtype=torch.bool))
+    return RealImages(Features(pooled, texture), keys, concepts, styles, keys, torch.ones(len(keys), dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +38,19 @@ def made_up_scorer(network: EfficientNetLite0) -> PairScorer:
 
 def test_perfect_features_score_one_and_every_concept_has_two_hundred_candidates(made_up_scorer: PairScorer) -> None:
     scores = made_up_scorer.reference(made_up_scorer.real.keys)
-    assert {name: scores.summary()[name]["value"] for name in METRICS} == dict.fromkeys(METRICS, 1.0)
+    assert {name: figure.value for name, figure in scores.figures().items()} == dict.fromkeys(METRICS, 1.0)
     assert scores.num_candidates.unique().tolist() == [200]
-    assert scores.chance() == pytest.approx(
-        {"concept_r1": 1 / 200, "concept_r5": 1 / 40, "style": 1 / 4, "pair": 1 / 800}
-    )
+    assert scores.chance() == pytest.approx([1 / 200, 1 / 40, 1 / 4, 1 / 800])
 
 
 def test_a_wrong_concept_and_a_wrong_style_are_told_apart(made_up_scorer: PairScorer) -> None:
     real = made_up_scorer.real.features
     # c0 in style 0, four times: as it is; in style 1; c1 instead; c1 in style 1.
     features = Features(real.pooled[[0, 1, 4, 5]], real.texture[[0, 1, 4, 5]])
-    scores = made_up_scorer.score_features(features, ["c0"] * 4, [STYLES[0]] * 4)
+    scores = made_up_scorer.score(features, ["c0"] * 4, [STYLES[0]] * 4)
     assert scores.predicted_styles == [STYLES[0], STYLES[1], STYLES[0], STYLES[1]]
     assert scores.nearest == ["c0", "c0", "c1", "c1"]
-    assert scores.metrics()["pair"].tolist() == [1, 0, 0, 0]
-    assert scores.metrics()["concept_r1"].tolist() == [1, 1, 0, 0]
-    assert scores.metrics()["style"].tolist() == [1, 0, 1, 0]
+    assert scores.columns().T[[0, 2, 3]].tolist() == [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]]
 
 
 def test_images_by_the_same_hand_are_no_help(network: EfficientNetLite0) -> None:
@@ -69,10 +64,8 @@ def test_images_by_the_same_hand_are_no_help(network: EfficientNetLite0) -> None
 
 def test_a_featureless_picture_wins_no_concept(made_up_scorer: PairScorer) -> None:
     centre = made_up_scorer.real.features.pooled.mean(0, keepdim=True)  # as near to all: nothing but ties
-    scores = made_up_scorer.score_features(
-        Features(centre, made_up_scorer.real.features.texture[:1]), ["c0"], [STYLES[0]]
-    )
-    assert scores.metrics()["concept_r5"].tolist() == [0]
+    scores = made_up_scorer.score(Features(centre, made_up_scorer.real.features.texture[:1]), ["c0"], [STYLES[0]])
+    assert scores.columns()[0, METRICS.index("concept R@5")] == 0
 
 
 def test_scores_do_not_depend_on_their_neighbours(made_up_scorer: PairScorer) -> None:
@@ -95,7 +88,7 @@ def test_invalid_requests_are_refused(
 ) -> None:
     features = Features(made_up_scorer.real.features.pooled[:1], made_up_scorer.real.features.texture[:1])
     with pytest.raises(ValueError, match=message):
-        made_up_scorer.score_features(features, concepts, styles)
+        made_up_scorer.score(features, concepts, styles)
 
 
 def test_a_data_set_without_several_hands_is_refused(network: EfficientNetLite0) -> None:
@@ -115,9 +108,6 @@ def test_the_probe_finds_the_maximum_of_its_own_likelihood() -> None:
     assert (probe(x) == labels).float().mean() > 0.9
 
 
-# ------------------------------------------------------------------------------------------ intervals
-
-
 def by_hand(predicted: list[str], ranks: list[list[int]], styles: list[str]) -> PairScores:
     n = len(styles)
     concepts = [f"c{i}" for i in range(n)]
@@ -130,31 +120,10 @@ def test_ignoring_the_style_is_the_mean_over_all_ways_to_deal_the_words_out() ->
         [STYLES[0], STYLES[1], STYLES[1], STYLES[2]], [[1, 2, 1, 9], [1, 1, 1, 1], [6, 1, 2, 3], [1, 1, 1, 3]], styles
     )
     generator = np.random.default_rng(0)
-    dealt = [by_hand(scores.predicted_styles, scores.ranks.tolist(), list(generator.permutation(styles))).metrics()
+    dealt = [by_hand(scores.predicted_styles, scores.ranks.tolist(), list(generator.permutation(styles))).columns()
              for _ in range(1000)]  # fmt: skip
-    for name, expected in scores.ignoring_style().items():
-        # four standard errors of a mean of 1,000 values in [0, 1]
-        assert expected.mean() == pytest.approx(np.mean([d[name].mean() for d in dealt]), abs=4 * 0.5 / 1000**0.5)
-
-
-def test_the_interval_covers_the_truth_nineteen_times_in_twenty() -> None:
-    generator = np.random.default_rng(0)
-    groups = [str(i // 3) for i in range(120)]
-    covered = 0
-    for trial in range(200):
-        # Three pictures a concept that succeed or fail together, with a chance of one half.
-        values = np.repeat(generator.random(40) < 0.5, 3).astype(float)
-        found = interval(values, groups, 300, trial)
-        covered += found["low"] <= 0.5 <= found["high"]
-    assert 180 <= covered <= 198  # 190 expected, three standard deviations of 3.1, and one for the percentile method
-
-
-def test_the_interval_widens_where_pictures_of_a_concept_agree() -> None:
-    values = np.repeat([0.0, 1.0] * 20, 5)
-    grouped = interval(values, [str(i // 5) for i in range(200)])
-    single = interval(values, [str(i) for i in range(200)])
-    assert grouped["high"] - grouped["low"] > 1.8 * (single["high"] - single["low"])  # √5 = 2.2
-    assert interval(values, [str(i) for i in range(200)]) == single
+    # four standard errors of a mean of 1,000 values in [0, 1]
+    assert scores.ignoring_style() == pytest.approx(torch.stack(dealt).mean((0, 1)).tolist(), abs=4 * 0.5 / 1000**0.5)
 
 
 # ------------------------------------------------------------------------------------------ real images
@@ -162,22 +131,21 @@ def test_the_interval_widens_where_pictures_of_a_concept_agree() -> None:
 
 def test_real_images_score_far_above_chance_and_below_one(scorer: PairScorer) -> None:
     assert len(scorer.concepts) >= 190
-    heldout = scorer.reference(HELDOUT).summary(bootstrap=100)
+    r1, r5, style, pair = (figure.value for figure in scorer.reference(HELDOUT).figures().values())
     # Measured: 0.74 first, 0.91 among five, style 0.84, both 0.59.
-    assert 0.6 < heldout["concept_r1"]["value"] < 0.9
-    assert 0.8 < heldout["concept_r5"]["value"] <= 1.0
-    assert 0.7 < heldout["style"]["value"] < 0.97
-    assert 0.45 < heldout["pair"]["value"] < 0.8
+    assert 0.6 < r1 < 0.9
+    assert 0.8 < r5 <= 1.0
+    assert 0.7 < style < 0.97
+    assert 0.45 < pair < 0.8
 
 
 def test_real_images_under_other_names_score_at_chance(scorer: PairScorer) -> None:
     rows = [scorer.real.keys.index(key) for key in HELDOUT]
     features = Features(scorer.real.features.pooled[rows], scorer.real.features.texture[rows])
     concepts = [scorer.real.concepts[row] for row in rows]
-    shifted = scorer.score_features(features, concepts[11:] + concepts[:11], [scorer.real.styles[row] for row in rows])
-    summary = shifted.summary(bootstrap=100)
-    assert summary["concept_r1"]["value"] < 0.06  # chance 0.005; some neighbours look alike
-    assert summary["pair"]["value"] < 0.05
+    shifted = scorer.score(features, concepts[11:] + concepts[:11], [scorer.real.styles[row] for row in rows])
+    assert shifted.figures()["concept R@1"].value < 0.06  # chance 0.005; some neighbours look alike
+    assert shifted.figures()["pair accuracy"].value < 0.05
 
 
 def test_the_probe_never_saw_what_it_is_asked(scorer: PairScorer) -> None:
@@ -200,11 +168,6 @@ def test_as_many_training_pairs_as_held_out_ones_chosen_by_a_hash() -> None:
 # ------------------------------------------------------------------------------------------ models
 
 
-@dataclass
-class Drawn:
-    images: torch.Tensor
-
-
 class Fake:
     """A model that looks its prompts up: in the asked style, or always in one; or draws grey."""
 
@@ -219,57 +182,80 @@ class Fake:
         self,
         prompt: list[str],
         *,
-        num_images: int,
         steps: int,
         guidance_scale: float | None,
         sampler: str,
         seed: list[int],
         batch_size: int,
-    ) -> Drawn:
-        assert num_images == 1
+    ) -> Samples:
         assert len(seed) == len(prompt) <= batch_size
         self.seeds += seed
+        none, settings = (
+            torch.zeros(len(prompt), dtype=torch.bool),
+            {"steps": steps, "sampler": sampler, "model": "fake"},
+        )
         if self.grey:
-            return Drawn(torch.zeros(len(prompt), 3, 128, 128))
-        pairs = [(concept, self.style or style) for concept, style in map(self.asked.__getitem__, prompt)]
-        return Drawn(torch.stack([to_tensor(decode_image(self.pictures[pair].image)) for pair in pairs]))
+            images = torch.zeros(len(prompt), 3, 128, 128)
+        else:
+            pairs = [(concept, self.style or style) for concept, style in map(self.asked.__getitem__, prompt)]
+            images = torch.stack([to_tensor(decode_image(self.pictures[pair].image)) for pair in pairs])
+        return Samples(images, images, seed, prompt, none, none, settings)
 
 
-def test_a_model_that_draws_the_real_images_scores_like_the_reference(scorer: PairScorer) -> None:
-    model, done = Fake(), []
-    result = evaluate_pairs(
-        model, seeds=2, limit=12, batch_size=5, progress=lambda *now: done.append(now), scorer=scorer
-    )
-    assert result["num_pairs"] == 12
-    assert result["generated"]["num_pictures"] == 24
+def test_a_model_that_draws_the_real_images_scores_like_the_reference(judge: Judge) -> None:
+    model = Fake()
+    drawing = Drawing(seeds=2, batch_size=5)
+    result = evaluate_pairs(model, limit=12, drawing=drawing, judge=judge)
+    assert len(result.scores.concepts) == len(result.table) == len(result.images) == 24
+    reference = result.reference.figures()
     for name in METRICS:
-        assert result["generated"][name]["value"] == result["reference"][name]["value"]
-    assert done == [(5, 24), (10, 24), (15, 24), (20, 24), (24, 24)]
+        assert result.figures[name].value == reference[name].value
     assert len(set(model.seeds)) == 24
     assert model.seeds[1] == model.seeds[0] + 1
-    assert [row["seed"] for row in result["table"]] == model.seeds
+    assert [row["seed"] for row in result.table] == model.seeds
+    assert {row["style"] for row in result.table} <= set(STYLES)  # as it was asked for
+    assert result.figures["diversity-EffNet"].value == pytest.approx(0, abs=1e-6)  # float32 features of one picture
+    said = result.figures["FD-EffNet"].fingerprint
+    assert {"n", "data", "reference", "resize", "image_format", "sampler", "steps", "seeds", "weights"} <= said.keys()
+    assert said["weights"] == "fake"
 
 
-def test_a_model_that_draws_one_grey_picture_scores_at_chance(scorer: PairScorer) -> None:
-    result = evaluate_pairs(Fake(grey=True), seeds=1, scorer=scorer)["generated"]
-    assert result["concept_r1"]["value"] <= 2 / len(HELDOUT)  # one picture is nearest to one concept
-    assert result["pair"]["value"] <= 2 / len(HELDOUT)
-    asked = {style: part["num_pictures"] for style, part in result["by_style"].items()}
-    assert result["style"]["value"] * len(HELDOUT) == pytest.approx(max(asked.values()), abs=12)
-    assert result["style"]["value"] == pytest.approx(result["ignores_style"]["style"])  # it does ignore the word
+def test_a_model_that_draws_one_grey_picture_scores_at_chance(judge: Judge) -> None:
+    result = evaluate_pairs(Fake(grey=True), drawing=Drawing(seeds=1), judge=judge)
+    assert result.figures["concept R@1"].value <= 2 / len(HELDOUT)  # one picture is nearest to one concept
+    assert result.figures["pair accuracy"].value <= 2 / len(HELDOUT)
+    # It does ignore the word.
+    assert result.figures["style accuracy"].value == pytest.approx(result.scores.ignoring_style()[2])
+    # Its prompt is one among 800, and one picture covers no neighbourhood of the real ones.
+    assert result.figures["prompt R@1"].value <= 2 / len(HELDOUT)
+    assert result.figures["recall-EffNet"].value == 0
 
 
-def test_a_model_that_ignores_the_style_word_scores_what_the_row_for_it_says(scorer: PairScorer) -> None:
-    result = evaluate_pairs(Fake(style=STYLES[0]), seeds=1, split="train", scorer=scorer)["generated"]
-    assert result["concept_r1"]["value"] > 0.6  # it draws the concept
-    for name in ("style", "pair"):
-        assert result[name]["value"] < 0.35
+def test_a_model_that_ignores_the_style_word_scores_what_the_row_for_it_says(judge: Judge) -> None:
+    result = evaluate_pairs(Fake(style=STYLES[0]), split="train", drawing=Drawing(seeds=1), judge=judge)
+    assert result.figures["concept R@1"].value > 0.6  # it draws the concept
+    ignoring = dict(zip(METRICS, result.scores.ignoring_style(), strict=True))
+    for name in ("style accuracy", "pair accuracy"):
+        assert result.figures[name].value < 0.35
         # The row is what the same pictures score with the words dealt out at random; 69 pairs leave some scatter.
-        assert result[name]["value"] == pytest.approx(result["ignores_style"][name], abs=0.1)
+        assert result.figures[name].value == pytest.approx(ignoring[name], abs=0.1)
 
 
-def test_a_scorer_of_another_data_set_is_refused(scorer: PairScorer) -> None:
+def test_text_alignment_tells_the_own_prompt_from_another(judge: Judge) -> None:
+    real = judge.scorer.real
+    rows = [real.keys.index(key) for key in HELDOUT]
+    features, prompts = real.chosen(rows)
+    own, other = judge.probe(features, prompts), judge.probe(features, prompts[1:] + prompts[:1])
+    # Measured: cosine 0.62, first of 800 in 0.46, among five in 0.77.
+    assert own.mean(0)[0] > 0.5
+    assert own.mean(0)[1] > 0.3
+    assert own.mean(0)[2] > 0.6
+    assert other.mean(0)[0] < 0.2
+    assert other.mean(0)[1] < 0.05
+
+
+def test_a_scorer_of_another_data_set_and_bad_numbers_are_refused(scorer: PairScorer) -> None:
     with pytest.raises(ValueError, match="fitted on emoji200"):
-        evaluate_pairs(Fake(), name="emoji", scorer=scorer)
+        Judge("emoji", scorer)
     with pytest.raises(ValueError, match="at least 1"):
-        evaluate_pairs(Fake(), seeds=0, scorer=scorer)
+        Drawing(seeds=0)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.evaluation import evaluate_autoencoder
-from ldm.evaluation.reconstruction import psnr, ssim
+from ldm.data import emoji_dataset
+from ldm.evaluation import EfficientNetLite0, evaluate_autoencoder
+from ldm.evaluation.reconstruction import COLUMNS, psnr, ssim
 from ldm.randomness import normal
 
 
@@ -21,10 +22,12 @@ class FakePosterior:
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
-class FakeAutoencoder:
+class FakeAutoencoder(torch.nn.Module):
     """Keeps whole images as latents, two of its three channels; a sample is off by a fixed step, the third is dead."""
 
     def __init__(self, offset: float = 0.1, step: float = 0.2, broken: bool = False) -> None:
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.zeros(1))  # says the device
         self.offset, self.step, self.broken = offset, step, broken
 
     def posterior(self, x: Tensor) -> FakePosterior:
@@ -63,26 +66,28 @@ def test_ssim_is_one_for_a_copy_and_falls_with_noise() -> None:
     assert ssim(x, x).shape == (2,)  # one an image
 
 
+SAMPLES = [emoji_dataset("emoji200", "heldout_pairs")[i] for i in range(20)]
+
+
 def test_an_autoencoder_of_known_error_gets_its_figures() -> None:
-    result = evaluate_autoencoder(FakeAutoencoder(), "emoji200", ("heldout_pairs",), batch_size=7, limit=20)
-    found = result["heldout_pairs"]
-    assert found["num_images"] == 20
-    assert found["psnr"] == pytest.approx(10 * math.log10(4 / 0.1**2), abs=0.01)
+    found, std, active = evaluate_autoencoder(FakeAutoencoder(), SAMPLES, batch_size=7)
+    mode, sample, ssim_, kl = (found[name] for name in COLUMNS)
+    assert mode.n == 20
+    assert mode.value == pytest.approx(10 * math.log10(4 / 0.1**2), abs=0.01)
     # A sample is the mode 0.2 brighter, less 0.1 towards grey, where white clips: between 1 / 0.3² and 1 / 0.05²
-    assert 10 * math.log10(4 / 0.3**2) < found["psnr_sample"] < found["psnr"] + 6.1
-    assert found["psnr_sample"] != found["psnr"]
-    assert 0.5 < found["ssim"] < 1
-    assert 0.5 < found["active_units"] <= 2 / 3  # the third channel is dead, and some corners are always white
-    assert len(found["latent_std"]) == len(found["latent_mean"]) == 3
-    assert found["kl_per_unit"] > 0
+    assert 10 * math.log10(4 / 0.3**2) < sample.value < mode.value + 6.1
+    assert sample.value != mode.value
+    assert 0.5 < ssim_.low < ssim_.value < ssim_.high < 1
+    assert 0.5 < active <= 2 / 3  # the third channel is dead, and some corners are always white
+    assert len(std) == 3
+    assert kl.value > 0
 
 
 def test_figures_do_not_depend_on_the_batch_size() -> None:
-    one = evaluate_autoencoder(FakeAutoencoder(), "emoji200", ("heldout_pairs",), 3, 10)["heldout_pairs"]
-    other = evaluate_autoencoder(FakeAutoencoder(), "emoji200", ("heldout_pairs",), 10, 10)["heldout_pairs"]
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value == pytest.approx(other[name], rel=1e-5), name
+    one, other = (evaluate_autoencoder(FakeAutoencoder(), SAMPLES[:10], size) for size in (3, 10))
+    for name, figure in one[0].items():
+        assert figure.value == pytest.approx(other[0][name].value, rel=1e-5), name
+    torch.testing.assert_close(one[1], other[1])
 
 
 def test_kl_a_unit_is_that_of_the_posterior() -> None:
@@ -90,18 +95,19 @@ def test_kl_a_unit_is_that_of_the_posterior() -> None:
         def posterior(self, x: Tensor) -> FakePosterior:
             return FakePosterior(torch.full_like(x, 3.0), torch.full_like(x, -2.0))
 
-    found = evaluate_autoencoder(Shifted(), "emoji200", ("heldout_pairs",), 4, 4)["heldout_pairs"]
-    assert found["kl_per_unit"] == pytest.approx(0.5 * (9 + math.exp(-2) - 1 + 2))
-    assert found["active_units"] == 0.0  # far from the prior, yet it says nothing of the image
+    found, _, active = evaluate_autoencoder(Shifted(), SAMPLES[:4], 4)
+    assert found["KL a unit (nats)"].value == pytest.approx(0.5 * (9 + math.exp(-2) - 1 + 2))
+    assert active == 0.0  # far from the prior, yet it says nothing of the image
+
+
+def test_set_distances_grow_with_the_error_of_reconstructions(network: EfficientNetLite0) -> None:
+    near, far = (evaluate_autoencoder(FakeAutoencoder(offset), SAMPLES, 10, network)[0] for offset in (0.02, 0.5))
+    assert near["rFD-EffNet"].note == "n=20 < 2048: biased upwards"
+    assert 0 <= near["rFD-EffNet"].value < 0.2 * far["rFD-EffNet"].value
+    assert near["rKID-EffNet"].value < far["rKID-EffNet"].value
+    assert "rFD-EffNet" not in evaluate_autoencoder(FakeAutoencoder(), SAMPLES[:3], 3, network)[0]  # too few
 
 
 def test_a_broken_autoencoder_is_an_error_not_a_figure() -> None:
     with pytest.raises(ValueError, match="NaN or infinite"):
-        evaluate_autoencoder(FakeAutoencoder(broken=True), "emoji200", ("heldout_pairs",), 4, 4)
-
-
-def test_invalid_requests_are_refused() -> None:
-    with pytest.raises(ValueError, match="limit=0"):
-        evaluate_autoencoder(FakeAutoencoder(), "emoji200", ("heldout_pairs",), 4, 0)
-    with pytest.raises(ValueError, match="heldout_concepts"):
-        evaluate_autoencoder(FakeAutoencoder(), "emoji200", ("heldout_concepts",), 4, 4)
+        evaluate_autoencoder(FakeAutoencoder(broken=True), SAMPLES[:4], 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -104,13 +105,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
 def test_a_run_folder_holds_what_scripts_rely_on(stage: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(stage)
-    assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints",
-        "config.yaml",
-        "metrics.csv",
-        "samples",
-        "scores.json",
-    ]
+    there = sorted(path.name for path in run.iterdir())
+    assert there == ["checkpoints", "config.yaml", "environment.json", "metrics.csv", "samples", "scores.json"]
+    origin = json.loads((run / "environment.json").read_text())
+    assert origin.keys() == {"git", "versions", "machine", "index"}
+    assert len(origin["index"]) == 64
     names = ["step-00000100", "step-00000200"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
     assert sorted(path.stem for path in (run / "samples").iterdir()) == names

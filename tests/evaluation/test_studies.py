@@ -1,0 +1,135 @@
+"""Whole reports, as `ldm evaluate` writes them, with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.checkpoint import Contents
+from ldm.checkpoint import save as save_checkpoint
+from ldm.cli import main
+from ldm.evaluation import Drawing, Judge, score, studies, sweep
+from ldm.pipeline import LatentDiffusion
+
+QUICK = Drawing(seeds=2, steps=2, guidance_scale=2.0)
+
+
+@pytest.fixture
+def saved(model: LatentDiffusion, tmp_path: Path) -> Path:
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_report_of_a_model_has_its_scores_their_references_its_loss_and_its_autoencoder(
+    saved: Path, judge48: Judge, tmp_path: Path
+) -> None:
+    report = score(saved, limit=3, drawing=QUICK, command="ldm evaluate limit=3", judge=judge48)
+    report.write(tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text("utf-8")
+    for words in ("heldout_pairs: 6 pictures", "train: 6 pictures", "real images of these pairs", "dealt out at random",
+                  "chance", "FD-EffNet", "KID-EffNet", "diversity-EffNet", "text alignment", "n=6 < 2048: biased",
+                  "Loss on train, worst images", "PSNR, mode", "ldm evaluate limit=3"):  # fmt: skip
+        assert words in text, words
+    result = json.loads((tmp_path / "out/result.json").read_text("utf-8"))
+    assert len({row["key"] for row in result["train"]["table"]}) == 3
+    for name, figure in result["train"]["figures"].items():
+        assert figure["low"] <= figure["high"], name
+        assert {"reference", "resize", "image_format", "sampler", "steps", "guidance_scale", "seeds", "weights",
+                "n"} <= figure["fingerprint"].keys(), name  # fmt: skip
+    for part in ("loss, train", "loss, heldout_pairs", "autoencoder, heldout_pairs"):
+        assert result[part]["fingerprint"].keys() == {"n", "reference", "weights"}
+        assert re.fullmatch("[0-9a-f]{16}", result[part]["fingerprint"]["weights"])
+    page = (tmp_path / "out/report.html").read_text("utf-8")
+    assert page.count("data:image/webp;base64,") == 12
+    assert "http://" not in page.replace("http://www.w3.org", "")  # names of SVG's name spaces, which nobody fetches
+    assert "https://" not in page
+
+    # The same again, against what it wrote: every picture is the same, so nothing is resolved.
+    again = score(saved, limit=3, drawing=QUICK, against=tmp_path / "out", judge=judge48)
+    (table,) = [part for part in again.parts if part.title.startswith("train: this evaluation less")]
+    assert {row[2] for row in table.rows} == {"not resolved at n=6"}
+    assert {row[1].value for row in table.rows} == {0.0}
+    other = score(saved, limit=3, drawing=Drawing(2, 3, 2.0), against=tmp_path / "out", judge=judge48)
+    (table,) = [part for part in other.parts if part.title.startswith("train: this evaluation less")]
+    assert {row[2] for row in table.rows} == {"not comparable: other evaluations, steps"}
+
+
+def test_a_run_of_stage_one_is_scored_for_its_autoencoder_alone(model: LatentDiffusion, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "stage one", Contents({"autoencoder": model.autoencoder}))
+    (table,) = score(tmp_path / "stage one", limit=2).parts
+    assert "PSNR, mode (dB)" in [row[1] for row in table.rows]
+
+
+def test_sweeps_give_a_table_a_front_and_curves(saved: Path, judge48: Judge, tmp_path: Path) -> None:
+    drawing = Drawing(seeds=2, steps=2)
+    guidance = sweep(saved, "guidance", [1.0, 3.0], limit=3, drawing=drawing, judge=judge48)
+    table, curve, *pictures = guidance.parts
+    columns = list(table.columns)
+    assert [row[columns.index("guidance")] for row in table.rows] == [1.0, 3.0]
+    assert [row[columns.index("UNet passes")] for row in table.rows] == [2, 4]  # guidance 1 costs one pass a step
+    assert "yes" in [row[columns.index("Pareto")] for row in table.rows]
+    assert (curve.x, curve.y) == ("text alignment", "KID-EffNet")
+    assert len(pictures) == 2
+    steps = sweep(saved, "steps", [1, 2], ["ddim", "heun"], limit=3, drawing=drawing, judge=judge48)
+    assert [row[:3] for row in steps.parts[0].rows] == [["ddim", 1, 2], ["ddim", 2, 4], ["heun", 1, 2], ["heun", 2, 6]]
+    assert [curve.y for curve in steps.parts[1:3]] == ["KID-EffNet", "text alignment"]
+    steps.write(tmp_path / "out")
+    assert "<svg" in (tmp_path / "out/report.html").read_text("utf-8")
+    with pytest.raises(ValueError, match="too few for a curve"):
+        sweep(saved, "guidance", [1.0], limit=1, drawing=drawing, judge=judge48)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=nothing"], "'nothing' is unknown here"),
+        (["sweep=seeds"], "choose guidance or steps"),
+        (["sweep=guidance", "against=emoji"], "ask one at a time"),
+        (["values=1,2"], "belongs to sweep="),
+        (["samplers=ddim"], "belongs to sweep="),
+        (["seeds=0"], "at least 1"),
+        (["seeds=x"], "a whole number of at least 1"),
+        (["data=openmoji"], "choose emoji48"),
+        (["sweep=steps", "values=[1"], "not a value"),
+        (["limit=0", "against=emoji"], "limit=0"),
+        (["against=nowhere"], "no model at nowhere"),
+        (["model=nowhere"], "no model at nowhere"),
+        (["a word"], "is no setting"),
+        (["step=3"], "did you mean steps=?"),
+    ],
+)
+def test_bad_requests_of_evaluate_end_with_2_one_line_and_no_file(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(studies, "Judge", lambda name: pytest.fail("checked after the features were computed"))
+    out = tmp_path / "out"
+    assert main(["evaluate", f"output={out}", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sweep": []}', '{"train": 3, "heldout_pairs": {}}'])
+def test_what_is_no_result_of_a_model_is_refused(saved: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=r"its result\.json is not that of a model's evaluation"):
+        score(saved, against=tmp_path)
+
+
+def test_the_door_evaluates_and_writes(
+    saved: Path, judge48: Judge, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "Judge", lambda name: judge48)
+    out = tmp_path / "out"
+    assert main(["evaluate", f"model={saved}", "limit=2", "seeds=2", "steps=1", f"output={out}"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text("utf-8"))
+    assert result["command"] == f"ldm evaluate model={saved} limit=2 seeds=2 steps=1 output={out}"
+    assert result["environment"]["versions"]["torch"] == torch.__version__
