@@ -45,6 +45,7 @@ def execute(notebook: Any, folder: Path) -> None:
         CellExecutionError: from the first cell that fails.
     """
     settings = {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "TOKENIZERS_PARALLELISM": "false"}
+    settings["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, where no widgets are installed
     settings |= {name: str(folder) for name in ("IPYTHONDIR", "MPLCONFIGDIR", "JUPYTER_RUNTIME_DIR")}
     work = folder / "work"
     work.mkdir()
