@@ -25,7 +25,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS = 300  # at most, a cell
-PALETTE_BYTES = 40_000  # a drawing is smaller in 256 colours than as JPEG; photographs are not
 
 
 def read(path: Path) -> Any:
@@ -77,13 +76,13 @@ def tidy(notebook: Any) -> None:
 
 
 def shrunk(png: bytes) -> tuple[str, bytes]:
-    """A PNG in 256 colours if that is small, else a JPEG: (media type, bytes)."""
+    """A PNG in 256 colours, which drawings are small in, or else a JPEG: (media type, bytes)."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     palette, jpeg = io.BytesIO(), io.BytesIO()
     image.quantize(256, dither=Image.Dither.NONE).save(palette, "PNG", optimize=True)
-    image.save(jpeg, "JPEG", quality=85, optimize=True)
-    small = len(palette.getvalue()) <= max(PALETTE_BYTES, len(jpeg.getvalue()) // 2)
-    return ("image/png", palette.getvalue()) if small else ("image/jpeg", jpeg.getvalue())
+    image.save(jpeg, "JPEG", quality=82, optimize=True)
+    drawing = len(palette.getvalue()) < 1.2 * len(jpeg.getvalue())
+    return ("image/png", palette.getvalue()) if drawing else ("image/jpeg", jpeg.getvalue())
 
 
 def main(paths: list[Path]) -> None:
