@@ -25,6 +25,7 @@ ABOUT = {
     "unet": "The denoiser of stage two.",
     "diffusion": "The schedule, what the UNet predicts, and what the model recommends to who samples from it.",
     "loss": "The loss of stage one. That of stage two is `min_snr` in `train.yaml`.",
+    "adversarial": "Stage one: a discriminator beside the likelihood; none by default.",
     "optimizer": "The optimiser of either stage.",
     "data": "What is trained and validated on.",
     "trainer": "Where and how long: arguments of Lightning's `Trainer`; others are added with `+trainer.name=value`.",
@@ -116,7 +117,8 @@ def opening(file: Path, one_line: bool = False) -> str:
 
 def remarks(file: Path) -> dict[str, str]:
     """Remarks beside keys, by dotted key."""
-    found, above = {}, []
+    found: dict[str, str] = {}
+    above: list[str] = []
     for line in file.read_text("utf-8").splitlines():
         match = re.match(r"( *)([\w.]+):(.*)$", line)
         if match:
