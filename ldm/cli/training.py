@@ -24,9 +24,6 @@ def train(arguments: list[str]) -> int:
     """``ldm train``; returns the exit code, as docs/trust.md lists them."""
     from omegaconf import OmegaConf
 
-    bare = [argument for argument in arguments if not OVERRIDE.match(argument)]
-    if bare:
-        raise ValueError(f"{bare[0]!r} is no setting; write key=value, see --help")
     cfg, resume = compose(arguments)
     check_targets(OmegaConf.to_container(cfg, resolve=False))
     output, first = Path(cfg.output), rank() == 0
@@ -39,14 +36,17 @@ def train(arguments: list[str]) -> int:
     from ldm.training.run import fit
 
     module, data, options = build(cfg)
+    found = list(quick(module, data, options["trainer"], options["intervals"], output))
+    for finding in found:
+        if finding.level == "error":
+            raise ValueError(finding.what)
     if first:
         output.mkdir(parents=True, exist_ok=True)
         # Not resolved: what an interpolation draws from the environment stays there.
         write_atomically(output / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         origin = {**environment(), "index": data.train.index_hash}
         write_atomically(output / "environment.json", json.dumps(origin, indent=1).encode())
-        for finding in quick(module, data, options["trainer"], options["intervals"], output):
-            sys.stderr.write(f"{finding}\n")
+        sys.stderr.write("".join(f"{finding}\n" for finding in found))
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         sys.stdout.write(
             f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
@@ -108,14 +108,18 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
+    bare = [argument for argument in arguments if not OVERRIDE.match(argument)]
+    if bare:
+        raise ValueError(f"{bare[0]!r} is no setting; write key=value, see --help")
     given = dict(argument.split("=", 1) for argument in arguments)
     if given.get("resume") in (None, "null", ""):
         with initialize_config_dir(str(configs()), version_base=None):
             cfg = hydra_compose("train", overrides=list(arguments))
         if cfg.output is None:
-            # The processes that Lightning starts later must not read another time from the clock.
             name = f"outputs/{given.get('experiment', 'emoji/diffusion')}/{stamp()}"
-            cfg.output = os.environ.setdefault("LDM_OUTPUT", name) if cfg.trainer.devices != 1 else name
+            # The processes that Lightning starts later must not read another time from the clock.
+            cfg.output = os.environ.get("LDM_OUTPUT", name) if rank() else name
+            os.environ["LDM_OUTPUT"] = cfg.output
         requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and (Path(cfg.output) / "checkpoints").is_dir()
         if not requeued:
             return cfg, None

@@ -31,13 +31,18 @@ def captions(sample: Sample) -> list[str]:
     return list(sample.meta.get("captions") or [sample.caption])
 
 
+def check_policy(on_bad: str) -> None:
+    """Raise ValueError unless it is one of POLICIES."""
+    if on_bad not in POLICIES:
+        raise ValueError(f"data.on_bad={on_bad} is unknown; choose one of {', '.join(POLICIES)}")
+
+
 def candidates(number: int, seed: int, position: int, n: int, on_bad: str) -> list[int]:
     """The sample that stands at a position, and with ``on_bad="skip"`` those that stand in for it, one after the other.
 
     They are drawn by (seed, position) alone, so that ranks, workers, restarts and a cache agree about them.
     """
-    if on_bad not in POLICIES:
-        raise ValueError(f"data.on_bad={on_bad} is unknown; choose one of {', '.join(POLICIES)}")
+    check_policy(on_bad)
     stand_ins = range(1, TRIES if on_bad == "skip" else 1)
     return [number, *(randomness.integer(seed, f"substitute {i}", position, n) for i in stand_ins)]
 

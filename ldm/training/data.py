@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.autoencoder import Autoencoder
 from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
+from ldm.data.sets import check_policy
 from ldm.text import TextEncoder
 from ldm.training.cache import CachedSet, LatentCache
 from ldm.training.checkpointing import no_pickle
@@ -36,6 +37,7 @@ class DataModule(pl.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        check_policy(on_bad)
         self.train, self.validation = train, validation
         self.height, self.width, self.batch_size, self.num_workers = height, width, batch_size, num_workers
         self.flip, self.random_crop, self.on_bad, self.window = flip, random_crop, on_bad, window

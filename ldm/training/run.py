@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelSummary, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -87,6 +89,10 @@ def fit(
     metric = "val/psnr_ema" if stage_one else "val/mse_ema"
     io = FolderIO(module.contents, cursor)
     folders = Folders(output, io, intervals.checkpoint, intervals.keep, metric, higher_is_better=stage_one)
+    # Advertisements, and a remark on every run folder, which holds its config before its metrics.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Experiment logs directory")
     accumulation = trainer.get("accumulate_grad_batches", 1)
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # Guard does the requeueing
     engine = pl.Trainer(
@@ -100,7 +106,6 @@ def fit(
             folders,
             LearningRateMonitor("step"),
             TQDMProgressBar(refresh_rate=10),
-            ModelSummary(max_depth=1),
         ],
         plugins=[io, *slurm],
         max_epochs=-1,
@@ -110,14 +115,26 @@ def fit(
         log_every_n_steps=10,
         use_distributed_sampler=False,
         enable_checkpointing=False,  # Folders does it
+        enable_model_summary=False,
         default_root_dir=str(output),
     )
     engine.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume))
     if guard.signal == signal.SIGUSR1 and slurm and engine.is_global_zero:
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        _requeue()
     if io.refused is not None and guard.fault is None:
         raise ValueError(io.refused)
     return Outcome(engine.global_step, folders.best(), guard.signal, guard.fault, io.refused)
+
+
+def _requeue() -> None:
+    """Ask SLURM to run this job again; ``train.py`` then goes on by itself."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"job {job} is saved, but was not requeued ({error}); submit it again", stacklevel=2)
 
 
 def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Seconds of a guidance step and of decoding at the size of SD 1.5, ours and diffusers', interleaved in one process.
 
-    python -m tests.benchmarks.speed [32] [64] [decode] [overhead] [emoji]   # into docs/speed.md; 15 minutes, 14 GB
+    python -m tests.benchmarks.speed [32] [64] [decode] [picture] [overhead] [emoji]   # 30 minutes, 16 GB
 
 Both have random weights of the same shapes: the time of a dense network does not hang on them.
 """
@@ -16,13 +16,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ldm
 from ldm.autoencoder import Autoencoder
+from ldm.autoencoder.autoencoder import Upsample
+from ldm.diffusion import Schedule
 from ldm.evaluation.report import table
+from ldm.pipeline import Defaults, LatentDiffusion
 from ldm.prepack import prepack
+from ldm.text import TextEncoder
+from ldm.text.clip import clip_tokenizer
 from ldm.unet import UNet
 from ldm.winograd import accelerated
 from tests.benchmarks.common import fill, gemm_peak, interleaved, machine, write
@@ -108,7 +114,7 @@ def decoding(peaks: dict[str, float]) -> list[list[object]]:
     ours.latent_mean.zero_()
     fast = accelerated(ours)
     ours16, peer16 = (copy.deepcopy(module).bfloat16() for module in (ours, peer))
-    packed = prepack(copy.deepcopy(ours16))
+    packed = prepack(copy.deepcopy(ours16), Upsample)
     return rows(
         {
             PEER: lambda: peer.decode(z),
@@ -120,6 +126,42 @@ def decoding(peaks: dict[str, float]) -> list[list[object]]:
         },
         peaks,
     )
+
+
+def picture() -> list[list[object]]:
+    """A prompt to a 256×256 PNG with guidance: 50 DDIM steps of diffusers' parts in float32, and ours at that error.
+
+    docs/samplers.md: with 8 evaluations ``sampler=auto`` has the error of DDIM with 50.
+    """
+    from diffusers import DDIMScheduler
+
+    text = TextEncoder("clip", clip_tokenizer())
+    unet, autoencoder = _empty(UNet), _empty(Autoencoder)
+    autoencoder.set_latent_scale(torch.zeros(4), torch.ones(4))
+    model = LatentDiffusion(unet, autoencoder, text.eval(), Schedule(), "epsilon", Defaults("trailing", 7.5, 256, 256))
+    peer, vae = _empty(_peer_unet), _empty(_peer_vae)
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="trailing")
+    with TemporaryDirectory() as folder:
+
+        def theirs() -> None:
+            scheduler.set_timesteps(50)
+            context, z = text(["", "a cat on a sofa"]), torch.randn(1, 4, 32, 32)
+            for t in scheduler.timesteps:
+                without, with_text = peer(torch.cat([z, z]), t, context).sample.chunk(2)
+                z = scheduler.step(without + 7.5 * (with_text - without), t, z).prev_sample
+            pixels = ((vae.decode(z / 0.18215).sample[0].nan_to_num() + 1.0) * 127.5).clamp(0, 255).byte()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(Path(folder) / "theirs.png")
+
+        def run(steps: int) -> Callable[[], object]:
+            return lambda: model.sample(
+                "a cat on a sofa", steps=steps, sampler="auto", precision="auto"
+            ).save(Path(folder))  # fmt: skip
+
+        seconds = interleaved(
+            {"diffusers' parts, 50 DDIM steps, float32": theirs, "sampler=auto precision=auto, 8 steps": run(8),
+             "sampler=auto precision=auto, 12 steps": run(12)}, REPEATS)  # fmt: skip
+    first = next(iter(seconds.values()))
+    return [[name, f"{each:.1f}", f"{first / each:.1f}"] for name, each in seconds.items()]
 
 
 def overhead() -> list[list[object]]:
@@ -165,7 +207,7 @@ def emoji() -> list[list[object]]:
 @torch.inference_mode()
 def main(parts: list[str]) -> None:
     """Measure the parts that are named, all of them by default, and write their tables."""
-    parts = parts or ["32", "64", "decode", "overhead", "emoji"]
+    parts = parts or ["32", "64", "decode", "picture", "overhead", "emoji"]
     peaks = {name: gemm_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     where = f"{machine()}; matrix product of 2048²: float32 {peaks['float32'] / 1e9:.0f} GFLOP/s, bfloat16 " + (
         f"{peaks['bfloat16'] / 1e9:.0f}. Medians of {REPEATS}, interleaved."
@@ -174,6 +216,8 @@ def main(parts: list[str]) -> None:
     for part in parts:
         if part == "overhead":
             content = table(["sampler", "ms a step, 32×32 latents", "ms a step, 64×64"], overhead())
+        elif part == "picture":
+            content = table(["256×256 pixels at equal ODE error", "seconds", "times as fast"], picture())
         elif part == "emoji":
             content = table(["bundled model, one picture", "seconds"], emoji())
         else:

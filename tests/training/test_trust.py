@@ -21,9 +21,10 @@ import ldm
 from ldm import checkpoint
 from ldm.autoencoder import Adversarial, Autoencoder
 from ldm.cli import door, train
+from ldm.data import ShardDataset, write_shard
 from ldm.training.guard import Guard, Limits
 from tests.conftest import tiny_text
-from tests.training.test_training import AUTOENCODER, arguments, unet, weights
+from tests.training.test_training import AUTOENCODER, arguments, column, unet, weights
 
 ROOT = Path(ldm.__file__).parents[1]
 STAGES = ("autoencoder", "adversarial", "diffusion")
@@ -298,6 +299,26 @@ def test_nan_steps_in_a_row_stop_the_run_with_its_last_good_state_and_the_keys(
     assert all(torch.isfinite(tensor).all() for tensor in everything(tmp_path / "run").values())
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_bad_samples_are_replaced_and_counted_and_too_many_end_the_run(
+    stage: str, command: Callable[..., list[str]], shapes: Path, tmp_path: Path, capsys: Any
+) -> None:
+    whole, rows = ShardDataset(shapes), []
+    for number, key in enumerate(whole.keys):
+        image = whole[number].image
+        rows.append((key, {"png": image[:100] if number == 7 else image, "txt": b"a red square"}))
+    write_shard(tmp_path / "spoilt.tar", rows)
+    own = [f"data.{part}.paths={tmp_path / 'spoilt.tar'}" for part in ("train", "validation")]
+    run = tmp_path / "run"
+    assert door(train, command(stage, run, 12, *own)) == 2
+    assert "0007" in capsys.readouterr().err
+    allowed = ("data.on_bad=skip", "guard.substituted=0.05")
+    assert door(train, command(stage, tmp_path / "skip", 30, *own, *allowed)) == 0
+    assert column(tmp_path / "skip", "train/substituted")[-1] == 10.0  # one in each of the ten epochs
+    assert door(train, command(stage, tmp_path / "many", 30, *own, "data.on_bad=skip")) == 3
+    assert "of 104 samples were bad and replaced, more than guard.substituted=0.01" in capsys.readouterr().err
+
+
 def test_a_spike_is_told_from_noise_and_does_not_hide_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guard, spikes = Guard(Limits(), tmp_path, None), []
     monkeypatch.setattr(Guard, "_event", lambda self, trainer, name, loss: spikes.append(loss))
@@ -348,10 +369,10 @@ def test_kill_9_in_the_middle_of_saves_leaves_a_newest_checkpoint_that_loads(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system with 20 MB."""
+    """A real file system with 40 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True)
     if done.returncode:
         pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.decode().strip()}")
     yield folder
@@ -365,9 +386,9 @@ def test_a_full_disk_is_an_error_with_the_path_and_the_one_before_loads(
     settings = command("autoencoder", run, 100, "checkpoint.keep=10")  # 11 MB each
     assert door(train, settings) == 2
     said = capsys.readouterr().err
-    assert f"checkpoint {run}/checkpoints/step-00000006 could not be written: No space left on device" in said
-    assert f"error: the disk of {run}" in said  # and was foretold before the first step
-    assert checkpoint.newest(run).name == "step-00000003"
+    assert f"checkpoint {run}/checkpoints/step-00000012 could not be written: No space left on device" in said
+    assert f"warning: the disk of {run}" in said  # and was foretold before the first step
+    assert checkpoint.newest(run).name == "step-00000009"
     assert ldm.load_autoencoder(run)
     assert not list((run / "checkpoints").glob(".step-*"))
 
