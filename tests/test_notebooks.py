@@ -28,7 +28,11 @@ def test_the_notebooks_are_there() -> None:
     assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The last one trains twice, which is more than a third of the time of all.
+MARKED = [pytest.param(path, marks=[pytest.mark.slow] * path.name.startswith("05"), id=path.stem) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", MARKED)
 def test_a_notebook_runs_clean_and_writes_nowhere_else(path: Path, tmp_path: Path) -> None:
     notebook, before = read(path), tree()
     execute(notebook, tmp_path)
