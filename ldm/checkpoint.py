@@ -6,6 +6,7 @@ below, and a training's ``state.pt`` is read with ``weights_only=True``.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -84,9 +85,11 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         _fill(part, contents, tensors, state, _shareable(share))
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        shutil.rmtree(part, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free < 2**20:
+            reason = os.strerror(errno.ENOSPC)  # torch.save hides it behind a position that it did not expect
+        shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written: {reason}; those before it are untouched") from error
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
