@@ -26,8 +26,8 @@ def test_the_unet_of_the_emoji_learns_in_a_minute_and_is_sampled_from(tmp_path: 
     short.append("optimizer.decay=constant")
     assert door(train, ["experiment=emoji/diffusion", f"output={run}", "optimizer.warmup=10", *short]) == 0
     mse = column(run, "val/mse")
-    # On velocities of unit variance, which is what predicting nothing scores; measured 0.921 at step 20 and 0.847 at step
-    # 120, with one thread and with two; on the way it jumps.
+    # On velocities of unit variance, which is what predicting nothing scores; measured 0.921 at step 20 and 0.847 at
+    # step 120, with one thread and with two; on the way it jumps.
     assert mse[-1] < 0.88
     assert mse[-1] < mse[0] - 0.04
     assert ldm.load(run).sample("a red apple, noto style", steps=2).images.shape == (1, 3, 128, 128)
