@@ -13,8 +13,7 @@ from ldm import checkpoint
 from ldm.checkpoint import Contents
 from ldm.convert import compvis, diffusers
 from ldm.convert.diffusers import export_diffusers
-from ldm.convert.tensors import PICKLES, open_safetensors, read_json
-from ldm.convert.unpickle import open_pickle
+from ldm.convert.tensors import PICKLES, open_pickle, open_safetensors, read_json
 from ldm.diffusion.prediction import check_prediction
 
 __all__ = ["convert", "export_diffusers", "fetch", "fingerprint", "is_foreign", "read"]
@@ -35,7 +34,7 @@ def read(
     weights: str = "ema",  # averaged weights where the source holds both; "raw": the others
     only: tuple[str, ...] | None = None,  # names of components; None takes all
     prediction: str | None = None,  # what the UNet returns, where the caller knows and the source may not say
-    pickles: bool = False,  # read files of torch.save, through an unpickler that runs nothing
+    pickles: bool = False,  # read files of torch.save, by a closed list of names that runs nothing
 ) -> tuple[Contents, tuple[Path, ...]]:
     """What a diffusers folder, a CompVis single file or one part of a model holds, and the files it came from.
 

@@ -20,9 +20,8 @@ from torch import nn
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import Contents, check_finite
 from ldm.convert.names import DIFFUSERS, facts, naming
-from ldm.convert.tensors import PICKLES, SD_SCALE, Source, build, open_safetensors, read_json
+from ldm.convert.tensors import PICKLES, SD_SCALE, Source, build, open_pickle, open_safetensors, read_json
 from ldm.convert.tokenizer import has_tokenizer, read_tokenizer, write_tokenizer
-from ldm.convert.unpickle import open_pickle
 from ldm.diffusion import Schedule
 from ldm.pipeline import LatentDiffusion
 from ldm.text import TextEncoder, clip_tokenizer

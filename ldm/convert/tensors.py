@@ -1,9 +1,10 @@
-"""Named tensors in a file of others, read one at a time, and how a module of ours is strictly filled from them."""
+"""Named tensors in a file of others, and how a module of ours is strictly filled from them."""
 
 from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +74,87 @@ def open_safetensors(*paths: Path) -> Source:
 def is_pickle(head: bytes) -> bool:
     """Whether a file's first bytes are those of ``torch.save``, zipped or plain, or of any newer pickle."""
     return head.startswith(b"PK\x03\x04") or (len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5)
+
+
+# What honest checkpoints hold beside their weights. None of it is imported: each becomes a stand-in.
+_HONEST = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)\..*"
+    r"|builtins\.(frozenset|dict|list|tuple|int|float|bool|str|object|slice|range)"
+    r"|collections\.defaultdict|pathlib\.(Posix|Windows)Path|argparse\.Namespace|copyreg\._reconstructor|typing\.Any"
+    r"|numpy\.(dtype|ndarray|float32|float64|int64|bool_|_?core\.multiarray\.(scalar|_reconstruct))"
+)
+
+
+class _StandIn:
+    """Takes whatever a pickle does to an object, and keeps none of it."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _Refused(ValueError):
+    """One line for the user; any other error in a reading means a damaged file."""
+
+
+def open_pickle(path: Path) -> Source:
+    """The tensors of a file of ``torch.save``, or of its ``state_dict``; nothing in the file is run.
+
+    A pickle is a program: it names functions and calls them. Torch's reader knows a closed list of names, with which
+    tensors are made; those of :data:`_HONEST` mean an empty stand-in here, and any other ends the reading.
+
+    Raises:
+        ValueError: if it is no pickle, is damaged, or asks for anything but tensors; what it asks for is named.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not is_pickle(head):
+        raise ValueError(f"{path} is no file of torch.save by its first bytes; safetensors files end in .safetensors")
+    if not head.startswith(b"PK"):
+        raise ValueError(
+            f"{path} is of before torch 1.6, which wrote no zip; it was not read; save it again with a newer torch"
+        )
+    try:
+        value = _unpickle(path)
+    except _Refused:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged or cut short ({type(error).__name__}: {reason}); fetch it again"
+        ) from error
+    found = value.get("state_dict", value) if isinstance(value, dict) else {}
+    held = found.items() if isinstance(found, dict) else ()
+    tensors = {name: tensor for name, tensor in held if isinstance(tensor, Tensor)}
+    if not tensors or any(not isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path} holds no tensors by name; give a checkpoint with a state_dict")
+    plain = {name for name, t in tensors.items() if t.layout == torch.strided and t.device.type == "cpu"}
+    if odd := sorted(tensors.keys() - plain):
+        raise ValueError(f"{path}: {odd[0]} is no plain tensor; give a checkpoint of plain weights")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Source(
+        str(path), shapes, lambda name: tensors[name].detach().clone(memory_format=torch.contiguous_format), (path,)
+    )
+
+
+def _unpickle(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise _Refused(
+                f"{path} is a compressed zip, which torch.save never writes and which could unfold without end"
+            )
+        if damaged := archive.testzip():  # torch checks no sums
+            raise ValueError(f"the checksum of {damaged} is another")
+    asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if refused := sorted(name for name in asked if not _HONEST.fullmatch(name)):
+        asks = ", ".join(refused)[:200]
+        raise _Refused(
+            f"{path} is refused: its pickle asks for {asks}, which no weights need, and which could run code; nothing "
+            "was run"
+        )
+    with torch.serialization.safe_globals([(_StandIn, name) for name in asked]):
+        # Said outright, weights_only=True is not undone by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
