@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,101 +134,69 @@ class LatentDiffusion:
     @torch.no_grad()
     def sample(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
-        num_images: int = 1,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str = "ddim",
-        seed: int | Sequence[int] | None = 0,
-        height: int | None = None,
-        width: int | None = None,
+        prompt: str | Sequence[str],  # one, or a list
+        negative_prompt: str | Sequence[str] = "",  # what to push away from: one for all, or one a prompt
+        num_images: int = 1,  # a prompt; those of the first prompt come first
+        steps: int | None = None,  # of the sampler, 1 to 1000; None is 50, or 12 for "auto"
+        guidance_scale: float | None = None,  # s >= 0; 1 is no guidance; None takes what the model recommends
+        sampler: str = "ddim",  # a key of SAMPLERS, or "auto": the most accurate, and its grid, for so few steps
+        seed: int | Sequence[int] | None = 0,  # of the first image, the next has the next; or a list; None draws one
+        height: int | None = None,  # pixels, a multiple of 8; None takes the model's, or the initial image's
+        width: int | None = None,  # likewise
         *,
-        latents: Tensor | None = None,
-        grid: str | None = None,
-        eta: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
-        init_image: Picture | None = None,
-        strength: float | None = None,
-        mask: Picture | None = None,
-        resize: str = "native",
-        batch_size: int = 16,
-        tile: int | None = None,
-        precision: str | None = None,
-        safety: str | Checker | None = None,
-        callback: Callback | None = None,
+        latents: Tensor | None = None,  # starting noise, (n, 4, height / 8, width / 8); it sets the size
+        grid: str | None = None,  # time grid, a key of ldm.diffusion.GRIDS; None takes the one of the weights
+        eta: float = 0.0,  # DDIM's η >= 0; other samplers refuse it
+        guidance_interval: tuple[float, float] | None = None,  # timesteps between which guidance acts (2404.07724)
+        guidance_rescale: float = 0.0,  # φ in [0, 1] of 2305.08891, against the contrast that strong guidance adds
+        init_image: Picture | None = None,  # to begin with: (n, 3, h, w) in [-1, 1], PIL or path; for all, or a prompt
+        strength: float | None = None,  # part of the steps that change it, in (0, 1]; None is 0.8, or 1 with a mask
+        mask: Picture | None = None,  # where to paint anew (1, white) and what to keep (0, black), of its size
+        resize: str = "native",  # how a size that is not the model's is reached: see below
+        batch_size: int = 16,  # images at a time; changes speed and memory alone
+        tile: int | None = None,  # latents a side that are decoded at a time, for less memory; None takes all
+        precision: str | None = None,  # a key of PRECISIONS, or "auto", the fastest that is exact enough; None keeps
+        safety: str | Checker | None = None,  # "nsfw", or images (n, 3, h, w) → flags (n,); flagged ones are blurred
+        callback: Callback | None = None,  # (images done before, step, estimate of the clean latents (b, 4, h, w))
     ) -> Samples:
         """Pictures of prompts. Image i is a pure function of (seed + i, prompt, settings), whatever its neighbours.
 
-        Args:
-            prompt: one, or a list.
-            negative_prompt: what to push away from: one for all, or one a prompt.
-            num_images: pictures a prompt; those of the first prompt come first.
-            steps: of the sampler, 1 to 1000; None is 50, or 12 for ``"auto"``.
-            guidance_scale: s >= 0; 1 is no guidance; None takes what the model recommends.
-            sampler: a key of :data:`ldm.diffusion.SAMPLERS`, or ``"auto"``, which takes the most accurate one and its
-                grid for so few steps; the settings of the result say which.
-            seed: of the first image, the next has the next; a list gives one an image; None draws one.
-            height: pixels, a multiple of 8; None takes the model's, or the initial image's.
-            width: likewise.
-            latents: starting noise, shape (n, 4, height / 8, width / 8); it sets the size.
-            grid: time grid, a key of :data:`ldm.diffusion.GRIDS`; None takes the one the weights came with.
-            eta: DDIM's η >= 0; other samplers refuse it.
-            guidance_interval: timesteps (low, high) between which guidance acts (2404.07724); one pass is made outside.
-            guidance_rescale: φ in [0, 1] of 2305.08891, against the contrast that strong guidance adds.
-            init_image: to start from, or to paint in: a tensor (n, 3, h, w) in [-1, 1], a PIL image or a path; one for
-                all, or one a prompt.
-            strength: part of the steps that change it, in (0, 1]; None is 0.8, or 1 with a mask.
-            mask: where to paint anew (1, white) and what to keep (0, black), of the image's size.
-            resize: how a size that is not the model's is reached: ``"native"`` denoises at that size;
-                ``"interpolate"`` at the model's, and resizes the latents; ``"refine"`` resizes the pixels, adds a
-                little noise, and takes the last steps at the target.
-            batch_size: images at a time; changes speed and memory alone.
-            tile: latents a side that the autoencoder decodes at a time, for less memory; None decodes in one piece.
-            precision: a key of :data:`ldm.precision.PRECISIONS`, or ``"auto"``, which takes the fastest on this device
-                that is exact enough; None keeps that of the weights.
-            safety: ``"nsfw"``, or a function from images (n, 3, h, w) to flags (n,); flagged images are blurred.
-            callback: called as (images done before, step, estimate of the clean latents (b, 4, h, w)).
+        Of a size that is not the model's, ``resize="native"`` denoises at that size; ``"interpolate"`` at the model's,
+        and resizes the latents; ``"refine"`` resizes the pixels, adds a little noise, and takes the last steps at the
+        target. What ``"auto"`` chose stands in the settings of the result.
 
         Raises:
             ValueError: for anything invalid, and if the result is not finite.
         """
-        if precision is not None:
-            return self._in(precision).sample(
-                prompt, negative_prompt, num_images, steps, guidance_scale, sampler, seed, height, width,
-                latents=latents, grid=grid, eta=eta, guidance_interval=guidance_interval,
-                guidance_rescale=guidance_rescale, init_image=init_image, strength=strength, mask=mask, resize=resize,
-                batch_size=batch_size, tile=tile, safety=safety, callback=callback,
-            )  # fmt: skip
+        model = self if precision is None else self._in(precision)
         prompts, negatives = request.texts(prompt, negative_prompt, num_images)
         seeds = request.seeds(seed, len(prompts))
-        scale = request.guidance_scale(guidance_scale, self.defaults.guidance_scale, negatives)
-        interval = request.interval(guidance_interval, self.schedule.num_steps)
+        scale = request.guidance_scale(guidance_scale, model.defaults.guidance_scale, negatives)
+        interval = request.interval(guidance_interval, model.schedule.num_steps)
         rescale = request.number("guidance_rescale", guidance_rescale, 0.0, 1.0)
-        sampler, grid, steps = request.plan(sampler, grid, steps, self.defaults.grid)
-        run, times = request.sampler(sampler, eta), make_grid(grid, steps, self.schedule)
+        sampler, grid, steps = request.plan(sampler, grid, steps, model.defaults.grid)
+        run, times = request.sampler(sampler, eta), make_grid(grid, steps, model.schedule)
         checker = make_checker(safety)
         request.count("batch_size", batch_size)
-        edit, size = self._canvas(init_image, mask, latents, (height, width), num_images, len(prompts))
-        first = self._first_step(edit, strength, steps)
-        base = self._base(resize, size, edit, latents)
+        edit, size = model._canvas(init_image, mask, latents, (height, width), num_images, len(prompts))
+        first = model._first_step(edit, strength, steps)
+        base = model._base(resize, size, edit, latents)
 
         texts = sorted({*prompts, *negatives})
-        contexts, cut = self.context(texts)
+        contexts, cut = model.context(texts)
         row = {text: i for i, text in enumerate(texts)}
+        positive = [row[text] for text in prompts]
         negative = None if scale == 1.0 else [row[text] for text in negatives]
-        job = _Job(contexts, [row[text] for text in prompts], negative, seeds, scale, interval, rescale, run,
-                   batch_size, callback)  # fmt: skip
-        start = self._noise(seeds, base) if latents is None else request.latents(
-            latents, len(seeds), self.autoencoder.latent_channels)  # fmt: skip
-        z = self._trajectory(job, self._begin(start, edit, times, first), times.tail(first), edit)
+        job = _Job(contexts, positive, negative, seeds, scale, interval, rescale, run, batch_size, callback)
+        channels = model.autoencoder.latent_channels
+        noise = model._noise(seeds, base) if latents is None else request.latents(latents, len(seeds), channels)
+        z = model._trajectory(job, model._begin(noise, edit, times, first), times.tail(first), edit)
         if base != size:
-            z = self._resize(job, z, size, times, resize)
+            z = model._resize(job, z, size, times, resize)
         if not torch.isfinite(z).all():
             raise ValueError("the latents became NaN or infinite; check the weights, or take more steps")
-        images, flagged = blur_flagged(self._decode(z, batch_size, tile), checker)
-        settings = {
+        images, flagged = blur_flagged(model._decode(z, batch_size, tile), checker)
+        settings = {  # without those that are None: what nobody asked for is not said
             "negative_prompts": negatives,
             "steps": steps,
             "evaluations": evaluations(sampler, times.tail(first)),
@@ -238,12 +206,10 @@ class LatentDiffusion:
             "grid": grid,
             "height": size[0],
             "width": size[1],
-            "model": self.name,
-            "precision": self.precision or str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
+            "model": model.name,
+            "precision": model.precision or str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
             "batch_size": batch_size,
-        }
-        only_if_asked = {
             "guidance_interval": None if guidance_interval is None else list(interval),
             "guidance_rescale": rescale or None,
             "resize": None if base == size else resize,
@@ -254,8 +220,8 @@ class LatentDiffusion:
             "tile": tile,
             "safety": safety if safety is None or isinstance(safety, str) else "given",
         }
-        settings |= {name: value for name, value in only_if_asked.items() if value is not None}
-        return Samples(images, z, seeds, prompts, cut[job.positive], flagged, settings)
+        said = {name: value for name, value in settings.items() if value is not None}
+        return Samples(images, z, seeds, prompts, cut[positive], flagged, said)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint folder that ``ldm.load`` opens."""
@@ -274,15 +240,8 @@ class LatentDiffusion:
     def contents(self) -> Contents:
         """What a checkpoint of this model keeps."""
         components = {"unet": self.unet, "autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
-        settings = {
-            "prediction": self.prediction,
-            "schedule": self.schedule.arguments,
-            "grid": self.defaults.grid,
-            "guidance_scale": self.defaults.guidance_scale,
-            "height": self.defaults.height,
-            "width": self.defaults.width,
-        }
-        return Contents(dict(components), tensors={"null_context": self.null_context}, settings=settings)
+        said = {"prediction": self.prediction, "schedule": self.schedule.arguments, **asdict(self.defaults)}
+        return Contents(dict(components), tensors={"null_context": self.null_context}, settings=said)
 
     # ------------------------------------------------------------------------------------------------ where it begins
 
@@ -302,11 +261,11 @@ class LatentDiffusion:
     ) -> tuple[_Edit | None, tuple[int, int]]:
         """The size of the picture, which an image or latents set, and what an image gives."""
         paints = self.unet.in_channels != self.autoencoder.latent_channels
+        if paints and (image is None or mask is None):
+            raise ValueError("this is an inpainting model: give init_image= and mask=")
         if image is None:
             if mask is not None:
                 raise ValueError("a mask needs the image that it belongs to; give init_image=")
-            if paints:
-                raise ValueError("this is an inpainting model: give init_image= and mask=")
             if latents is None:
                 own = self.defaults
                 return None, (request.size("height", sides[0], own.height), request.size("width", sides[1], own.width))
@@ -319,8 +278,6 @@ class LatentDiffusion:
                 f"latents of shape {tuple(latents.shape)} do not fit an image of {size[0]}×{size[1]} pixels"
             )
         if mask is None:
-            if paints:
-                raise ValueError("this is an inpainting model: give mask=")
             return _Edit(request.an_image("init_image", self._encode(x), each, n)), size
         full = request.mask(mask, size)
         if len({len(full), len(x), 1}) > 2:
