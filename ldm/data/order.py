@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from ldm import randomness
 
 _ROUNDS = 8
-_WORD = (1 << 64) - 1  # an array's own arithmetic is modulo 2**64
+_WORD = (1 << 64) - 1
 
 
 class Order:
@@ -30,16 +29,7 @@ class Order:
     def __getitem__(self, position: int) -> int:
         """Sample at a position: element p mod n of the permutation of epoch p // n."""
         epoch, place = divmod(position, self.n)
-        return permute_one(place, self.n, self.seed, "order", epoch)
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Samples at many positions, int64, the shape of ``positions``."""
-        positions = np.asarray(positions, dtype=np.int64)
-        result = np.empty_like(positions)
-        for epoch in np.unique(positions // self.n):
-            here = positions // self.n == epoch
-            result[here] = permute(positions[here] % self.n, self.n, self.seed, "order", int(epoch))
-        return result
+        return permute(place, self.n, self.seed, "order", epoch)
 
 
 class WindowedOrder:
@@ -66,27 +56,19 @@ class WindowedOrder:
         """Sample at a position, counted shard by shard."""
         epoch, place = divmod(position, self.n)
         if epoch != self._epoch:
-            shards = permute(np.arange(len(self.counts)), len(self.counts), self.seed, "shards", epoch)
+            n = len(self.counts)
+            shards = np.array([permute(i, n, self.seed, "shards", epoch) for i in range(n)])
             self._epoch, self._shards, self._ends = epoch, shards, np.cumsum(self.counts[shards])
         first = int(np.searchsorted(self._ends, place, "right")) // self.window * self.window
         begin = int(self._ends[first - 1]) if first else 0
         size = int(self._ends[min(first + self.window, len(self._ends)) - 1]) - begin
-        place = begin + permute_one(place - begin, size, self.seed, f"window {first}", epoch)
+        place = begin + permute(place - begin, size, self.seed, f"window {first}", epoch)
         shard = int(np.searchsorted(self._ends, place, "right"))
         return int(self._starts[self._shards[shard]] + place - (self._ends[shard - 1] if shard else 0))
 
 
-def permute(values: np.ndarray, n: int, seed: int, stream: str, position: int) -> np.ndarray:
-    """Where a permutation of [0, n), one for each (seed, stream, position), takes some values; int64."""
-    keys = _keys(seed, stream, position)
-    value = _encipher(values.astype(np.uint64), n, keys)
-    while (outside := value >= n).any():
-        value[outside] = _encipher(value[outside], n, keys)
-    return value.astype(np.int64)
-
-
-def permute_one(value: int, n: int, seed: int, stream: str, position: int) -> int:
-    """The same of one value, in a tenth of the time."""
+def permute(value: int, n: int, seed: int, stream: str, position: int) -> int:
+    """Where a permutation of [0, n), one for each (seed, stream, position), takes a value."""
     keys = _keys(seed, stream, position)
     value = _encipher(value, n, keys)
     while value >= n:
@@ -99,8 +81,7 @@ def _keys(seed: int, stream: str, position: int) -> list[int]:
     return randomness.bits(seed, stream, position, _ROUNDS).tolist()
 
 
-def _encipher(value: Any, n: int, keys: list[int]) -> Any:
-    """Of an integer or of an array of uint64."""
+def _encipher(value: int, n: int, keys: list[int]) -> int:
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     left, right = value >> half, value & mask

@@ -21,9 +21,9 @@ POLICIES = ("error", "skip")  # what becomes of a training that meets a bad samp
 class Choice:
     """What is made of the sample at a position: caption variant, flip, and crop in [0, 1] down and across."""
 
-    variant: int
-    flip: bool
-    crop: tuple[float, float]
+    variant: int = 0
+    flip: bool = False
+    crop: tuple[float, float] = (0.5, 0.5)
 
 
 def captions(sample: Sample) -> list[str]:
@@ -99,16 +99,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``, ``substituted``."""
-
-        def read(number: int) -> dict[str, Any]:
-            sample = self.samples[number]
-            variants = captions(sample)
-            choice = self.choose(position, len(variants))
-            image = to_tensor(fit(decode_image(sample.image, sample.key), self.height, self.width, *choice.crop))
-            image = image.flip(-1) if choice.flip else image
-            return {"image": image, "caption": variants[choice.variant], "key": sample.key, "position": position}
-
-        return first_good(self.candidates(position), read)
+        return _item(self, position)
 
 
 class FixedSet(Dataset[dict[str, Any]]):
@@ -124,15 +115,25 @@ class FixedSet(Dataset[dict[str, Any]]):
         """The samples that may stand at a position; see :func:`candidates`."""
         return candidates(number, 0, number, len(self), self.on_bad)
 
+    def choose(self, number: int, num_variants: int) -> Choice:
+        """The first caption and the centre, of every sample."""
+        return Choice()
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``, ``substituted``."""
+        return _item(self, number)
 
-        def read(candidate: int) -> dict[str, Any]:
-            sample = self.samples[candidate]
-            image = to_tensor(fit(decode_image(sample.image, sample.key), self.height, self.width))
-            return {"image": image, "caption": captions(sample)[0], "key": sample.key, "position": number}
 
-        return first_good(self.candidates(number), read)
+def _item(items: TrainingSet | FixedSet, position: int) -> dict[str, Any]:
+    def read(number: int) -> dict[str, Any]:
+        sample = items.samples[number]
+        variants = captions(sample)
+        choice = items.choose(position, len(variants))
+        image = to_tensor(fit(decode_image(sample.image, sample.key), items.height, items.width, *choice.crop))
+        image = image.flip(-1) if choice.flip else image
+        return {"image": image, "caption": variants[choice.variant], "key": sample.key, "position": position}
+
+    return first_good(items.candidates(position), read)
 
 
 class PositionSampler(Sampler[int]):
