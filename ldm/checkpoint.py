@@ -33,6 +33,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 CLASSES: dict[str, type[nn.Module]] = {"Autoencoder": Autoencoder, "TextEncoder": TextEncoder, "UNet": UNet}
+Shape = tuple[int, ...]
 
 
 class DamagedCheckpoint(UserWarning):
@@ -58,15 +59,12 @@ class Contents:
 
 
 def save(
-    folder: str | Path, contents: Contents, state: dict[str, Any] | None = None, share: Path | None = None
+    folder: str | Path,
+    contents: Contents,
+    state: dict[str, Any] | None = None,  # a training's: tensors and primitives alone
+    share: Path | None = None,  # another checkpoint; a file that both hold is linked to, not written again
 ) -> None:
     """Write a checkpoint: beside its target, fsynced, manifest last, renamed; an old one there goes afterwards.
-
-    Args:
-        folder: of the checkpoint.
-        contents: what to save.
-        state: a training's state: tensors and primitives alone.
-        share: another checkpoint; a file that both hold is linked to, not written again.
 
     Raises:
         ValueError: if a tensor is not finite; nothing is written then.
@@ -128,7 +126,7 @@ def _fill(
     manifest = {
         "format": FORMAT,
         "components": {
-            name: {"class": _class_name(module), "arguments": module.arguments}
+            name: {"class": type(module).__name__, "arguments": module.arguments}
             for name, module in contents.components.items()
         },
         "settings": contents.settings,
@@ -168,13 +166,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load(folder: str | Path, weights: str = "ema", only: tuple[str, ...] | None = None) -> Contents:
+def load(
+    folder: str | Path,
+    weights: str = "ema",  # those to use; "raw": the optimiser's
+    only: tuple[str, ...] | None = None,  # names of components; None takes all
+) -> Contents:
     """Read a checkpoint: hashes first, then names, shapes and types, every difference listed.
-
-    Args:
-        folder: of the checkpoint.
-        weights: ``"ema"`` (those to use) or ``"raw"`` (the optimiser's).
-        only: names of components; None takes all.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -209,14 +206,8 @@ def assign(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     Raises:
         ValueError: listing what is missing, unexpected or of another shape.
     """
-    expected = module.state_dict()
-    faults = [f"missing {name}" for name in expected.keys() - weights.keys()]
-    faults += [f"unexpected {name}" for name in weights.keys() - expected.keys()]
-    for name in expected.keys() & weights.keys():
-        if expected[name].shape != weights[name].shape:
-            faults.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}")
-    if faults:
-        raise ValueError(f"{source} does not fit its class: {'; '.join(sorted(faults)[:20])} ({len(faults)} in all)")
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_fit(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()}, source)
     check_finite(weights, source)
     module.load_state_dict(weights, strict=True, assign=True)
     # Position ids and the like are no weights: they are not on disk, and a module built on "meta" lacks them.
@@ -226,6 +217,16 @@ def assign(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
                 fresh = torch.arange(buffer.shape[-1]) if name == "position_ids" else torch.zeros(buffer.shape[-1])
                 owner.register_buffer(name, fresh.to(buffer.dtype).expand(buffer.shape), persistent=False)
     module.requires_grad_(False)
+
+
+def check_fit(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:
+    """Raise ValueError listing the first twenty tensors that are missing, unexpected or of another shape."""
+    faults = [f"missing {name}" for name in expected.keys() - found.keys()]
+    faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
+    both = expected.keys() & found.keys()
+    faults += [f"{name} is {found[name]}, not {expected[name]}" for name in both if found[name] != expected[name]]
+    if faults:
+        raise ValueError(f"{source} does not fit: {'; '.join(sorted(faults)[:20])} ({len(faults)} in all)")
 
 
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
@@ -298,10 +299,6 @@ def newest(run: str | Path) -> Path:
             warnings.warn(f"{fault}: took {folder.name}, {i} before the newest", DamagedCheckpoint, stacklevel=2)
         return folder
     raise fault
-
-
-def _class_name(module: nn.Module) -> str:
-    return next(name for name, kind in CLASSES.items() if type(module) is kind)
 
 
 def _describe(data: bytes) -> dict[str, Any]:

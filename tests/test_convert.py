@@ -36,7 +36,7 @@ import ldm
 from ldm.autoencoder import Autoencoder
 from ldm.cli import main
 from ldm.convert import convert, export_diffusers
-from ldm.convert.names import autoencoder_names, renaming, unet_names
+from ldm.convert.names import COMPVIS, DIFFUSERS, naming
 from ldm.convert.tensors import open_pickle
 from ldm.loading import read
 from ldm.pipeline import LatentDiffusion
@@ -210,8 +210,7 @@ def test_at_full_size_every_name_and_shape_is_the_references(
         blocks = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
         their_vae = AutoencoderKL(3, 3, *blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
     assert their_unet.num_parameters() == parameters
-    unet_name = renaming(unet_names(4, 2, (True, True, True, False)), 2)
-    vae_name = renaming(autoencoder_names(4, 2), 2)
+    unet_name, vae_name = naming(unet, DIFFUSERS), naming(vae, DIFFUSERS)
     shapes = {unet_name(name): tensor.shape for name, tensor in unet.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in their_unet.state_dict().items()}
     held = {name: tensor.shape for name, tensor in vae.state_dict().items() if not name.startswith("latent_")}
@@ -419,16 +418,14 @@ def open_clip(text: Tensors) -> Tensors:
 
 def compvis(model: LatentDiffusion) -> Tensors:
     """A model as a CompVis single file, with what training leaves in one."""
-    u, a = model.unet.arguments, model.autoencoder.arguments
-    unet = renaming(unet_names(len(u["widths"]), u["num_blocks"], u["attention"]), 1)
-    vae = renaming(autoencoder_names(len(a["widths"]), a["num_blocks"]), 1)
+    unet, vae = naming(model.unet, COMPVIS), naming(model.autoencoder, COMPVIS)
     out = {f"model.diffusion_model.{unet(name)}": tensor for name, tensor in model.unet.state_dict().items()}
     for name, tensor in model.autoencoder.state_dict().items():
         if not name.startswith("latent_"):
             wide = tensor.ndim == 2  # attention is kept as 1×1 convolutions
             out[f"first_stage_model.{vae(name)}"] = tensor[:, :, None, None] if wide else tensor
     text = {name.removeprefix("tower."): tensor for name, tensor in model.text_encoder.state_dict().items()}
-    if u["linear_projections"]:
+    if model.unet.arguments["linear_projections"]:
         out |= {f"cond_stage_model.model.{name}": tensor for name, tensor in open_clip(text).items()}
     else:
         out |= {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text.items()}
@@ -741,7 +738,7 @@ def refused(path: Path, match: str) -> None:
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn='gelu', the rule is silu"),
         ("unet/config.json", {"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block"),
         ("unet/config.json", {"in_channels": 8}, r"conv_in.weight is \(32, 4, 3, 3\), not \(32, 8, 3, 3\)"),
-        ("unet/config.json", {"block_out_channels": [32, 64, 128]}, "does not fit UNet: .* in all"),
+        ("unet/config.json", {"block_out_channels": [32, 64, 128]}, "as UNet, does not fit: .* in all"),
         ("unet/config.json", {"use_linear_projection": True}, "proj_in.weight is"),
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "latents_mean="),
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor=0.1"),

@@ -42,7 +42,7 @@ def _walk(way: str, num_levels: int, num_blocks: int) -> Iterator[tuple[int, str
             yield level, f"{way}_blocks.{place}", i
 
 
-def unet_names(num_levels: int, num_blocks: int, attention: Sequence[bool]) -> list[Row]:
+def _unet(num_levels: int, num_blocks: int, attention: Sequence[bool]) -> list[Row]:
     """Modules of a UNet, through its input, middle and output blocks, as :class:`ldm.unet.UNet` makes them."""
     rows = _under("", "", "", "unet_ends")
     for k, (part, table) in enumerate((("resnets.0", "res"), ("attentions.0", "transformer"), ("resnets.1", "res"))):
@@ -63,7 +63,7 @@ def unet_names(num_levels: int, num_blocks: int, attention: Sequence[bool]) -> l
     return rows
 
 
-def autoencoder_names(num_levels: int, num_blocks: int) -> list[Row]:
+def _autoencoder(num_levels: int, num_blocks: int) -> list[Row]:
     """Modules of an autoencoder: ours are numbered in the order that they run."""
     rows = _under("", "", "", "vae_ends")
     for side, way in (("encoder", "down"), ("decoder", "up")):
@@ -82,8 +82,14 @@ def autoencoder_names(num_levels: int, num_blocks: int) -> list[Row]:
     return rows
 
 
-def renaming(rows: Sequence[Row], column: int) -> Callable[[str], str]:
-    """Our name of a parameter → theirs, of one column."""
+def naming(module: nn.Module, column: int) -> Callable[[str], str]:
+    """Our name of a parameter of a UNet, an autoencoder or CLIP's tower → theirs, of one column."""
+    if isinstance(module, UNet):
+        rows = _unet(len(module.arguments["widths"]), module.arguments["num_blocks"], module.arguments["attention"])
+    elif isinstance(module, Autoencoder):
+        rows = _autoencoder(len(module.arguments["widths"]), module.arguments["num_blocks"])
+    else:
+        return lambda name: name.removeprefix("tower.")  # as in transformers, without the text_model. of most files
     table = {row[0]: row[column] for row in rows}
 
     def theirs(name: str) -> str:
@@ -91,13 +97,3 @@ def renaming(rows: Sequence[Row], column: int) -> Callable[[str], str]:
         return f"{table[module]}.{last}"
 
     return theirs
-
-
-def naming(module: nn.Module, column: int) -> Callable[[str], str]:
-    """Our name of a parameter of a UNet, an autoencoder or CLIP's tower → theirs, of one column."""
-    if isinstance(module, UNet):
-        a = module.arguments
-        return renaming(unet_names(len(a["widths"]), a["num_blocks"], a["attention"]), column)
-    if isinstance(module, Autoencoder):
-        return renaming(autoencoder_names(len(module.arguments["widths"]), module.arguments["num_blocks"]), column)
-    return lambda name: name.removeprefix("tower.")  # as in transformers, without the text_model. of most files

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.autoencoder import Autoencoder
+from ldm.checkpoint import Shape
 from ldm.convert.names import naming
 
-Shape = tuple[int, ...]
 Part = TypeVar("Part", bound=nn.Module)
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SD_SCALE = 0.18215  # 1 / standard deviation of SD's raw latents
@@ -188,17 +188,12 @@ def build(
     held = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in weights}
     theirs = naming(module, column)
     wanted = {theirs(name): (name, shape) for name, shape in held.items()}
-    faults = [f"missing {name}" for name in wanted.keys() - source.shapes.keys()]
-    left = source.shapes.keys() - wanted.keys()
-    faults += [f"unexpected {name}" for name in left if not re.fullmatch(ignored, name)]
-    for name in wanted.keys() & source.shapes.keys():
-        shape, expected = source.shapes[name], wanted[name][1]
-        # The attention of an autoencoder is linear maps in some files, 1×1 convolutions in others.
-        if shape != expected and not (isinstance(module, Autoencoder) and shape == (*expected, 1, 1)):
-            faults.append(f"{name} is {shape}, not {expected}")
-    if faults:
-        listed = "; ".join(sorted(faults)[:20]) + (f" ({len(faults)} in all)" if len(faults) > 20 else "")
-        raise ValueError(f"{source.label} does not fit {kind.__name__}: {listed}")
+    found = {name: shape for name, shape in source.shapes.items() if name in wanted or not re.fullmatch(ignored, name)}
+    if isinstance(module, Autoencoder):  # its attention is linear maps in some files, 1×1 convolutions in others
+        matrices = {name for name, (_, shape) in wanted.items() if len(shape) == 2}
+        found |= {name: found[name][:2] for name in matrices & found.keys() if found[name][2:] == (1, 1)}
+    expected = {name: shape for name, (_, shape) in wanted.items()}
+    checkpoint.check_fit(expected, found, f"{source.label}, as {kind.__name__},")
     for name, (ours, shape) in wanted.items():
         tensor = source.read(name)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
