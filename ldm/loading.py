@@ -61,18 +61,16 @@ def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None 
 
 
 def load(
-    source: str | Path, weights: str = "ema", device: str | torch.device | None = None, offload: bool = False
+    source: str | Path,  # a name, a path or a hub id
+    weights: str = "ema",  # or "raw"
+    device: str | torch.device | None = None,  # None takes a GPU if there is one
+    offload: bool = False,  # text tower and autoencoder wait on the CPU while they are idle: less GPU memory
 ) -> LatentDiffusion:
     """Load a model, ready to sample.
 
+    ``source`` is a bundled name, a run folder (its newest verified checkpoint), a checkpoint folder; or of others a
+    diffusers folder, a CompVis single file (``.safetensors``), a hub id (``owner/name``). Pickles: ``ldm convert``.
     Weights keep their own precision, but half precision on a CPU becomes float32, which is faster and exacter there.
-
-    Args:
-        source: bundled name, run folder (its newest verified checkpoint), checkpoint folder; or of others: a diffusers
-            folder, a CompVis single file (``.safetensors``), a hub id (``owner/name``). Pickles: ``ldm convert``.
-        weights: ``"ema"`` or ``"raw"``.
-        device: None takes a GPU if there is one.
-        offload: text tower and autoencoder wait on the CPU while they are idle: less GPU memory.
 
     Raises:
         FileNotFoundError: if there is nothing at ``source``.

@@ -355,7 +355,7 @@ def test_tiles_change_memory_and_hardly_the_picture(model: LatentDiffusion) -> N
         ({"guidance_interval": 200}, "two timesteps"),
         ({"guidance_rescale": 1.5}, "from 0 to 1"),
         ({"precision": "int8"}, "choose one of auto"),
-        ({"safety": "strict"}, "choose one of nsfw"),
+        ({"safety": "strict"}, "choose nsfw"),
         ({"safety": lambda x: [False]}, "safety checker returned"),
         ({"height": 256, "width": 256, "tile": 4}, "tile=4"),
     ],

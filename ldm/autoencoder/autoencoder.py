@@ -148,12 +148,9 @@ class Autoencoder(nn.Module):
             )
         if any(width % NUM_GROUPS for width in widths):
             raise ValueError(f"widths={tuple(widths)}: each must be a multiple of {NUM_GROUPS} (group normalisation)")
-        self.arguments: dict[str, Any] = {  # plain, for the manifest of a checkpoint
-            "widths": list(widths),
-            "num_blocks": num_blocks,
-            "latent_channels": latent_channels,
-            "stem": stem,
-        }
+        depths = {"widths": list(widths), "num_blocks": num_blocks}
+        # Plain, for the manifest of a checkpoint.
+        self.arguments: dict[str, Any] = {**depths, "latent_channels": latent_channels, "stem": stem}
         self.latent_channels, self.stem = latent_channels, stem
         self.encoder = Encoder(widths, num_blocks, latent_channels, stem)
         self.to_moments = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -165,10 +162,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
     def posterior(self, x: Tensor) -> Posterior:
-        """q(m | x) over raw latents.
-
-        Args:
-            x: images in [-1, 1], shape (n, 3, h, w); h and w multiples of 8.
+        """q(m | x) over raw latents m (n, 4, h/8, w/8) of images x in [-1, 1], (n, 3, h, w), h and w multiples of 8.
 
         Raises:
             ValueError: if the shape does not fit.
@@ -182,14 +176,9 @@ class Autoencoder(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents of zero mean and unit variance: the posterior's mode, or a sample if a generator is given.
+        """Latents of zero mean and unit variance: images x in [-1, 1], (n, 3, h, w) → z (n, 4, h/8, w/8).
 
-        Args:
-            x: images in [-1, 1], shape (n, 3, h, w).
-            generator: on the device of x.
-
-        Returns:
-            z, shape (n, 4, h/8, w/8).
+        It is the posterior's mode, or a sample if a generator is given, on the device of x.
         """
         posterior = self.posterior(x)
         return self.normalise(posterior.mode() if generator is None else posterior.sample(generator))

@@ -44,12 +44,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """Write a tar and its index; the same samples give the same bytes.
-
-    Args:
-        path: of the tar.
-        samples: (key, {extension: content}), in rising order of key.
-    """
+    """Write a tar of (key, {extension: content}), keys rising, and its index; the same samples give the same bytes."""
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:

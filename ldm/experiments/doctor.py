@@ -41,14 +41,9 @@ class Finding:
 def quick(
     module: Module, data: DataModule, trainer: dict[str, Any], intervals: Intervals, output: Path
 ) -> Iterator[Finding]:
-    """What can be told from the settings alone, in milliseconds.
+    """What can be told from a training's settings alone, in milliseconds.
 
-    Args:
-        module: of the training.
-        data: likewise.
-        trainer: arguments of Lightning's Trainer.
-        intervals: of the training.
-        output: its run folder.
+    ``trainer`` holds arguments of Lightning's Trainer, ``output`` is the run folder.
     """
     devices, accumulation = num_devices(trainer), trainer.get("accumulate_grad_batches", 1)
     if data.batch_size % (devices * accumulation):

@@ -7,7 +7,6 @@ each is spelt in bytes, and the byte pairs of a list are merged, the earliest of
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -34,16 +33,9 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def make_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> str:
-    """A tokenizers' JSON of CLIP's kind, as transformers builds it; ValueError if begin or end are no tokens of it."""
-    for token in (BEGIN, END):
-        if token not in vocabulary:
-            raise ValueError(f"a vocabulary of {len(vocabulary)} tokens without {token} is not CLIP's")
-    pairs: Any = list(merges)  # transformers takes pairs as well as what its types say
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=pairs).backend_tokenizer.to_str()
-
-
 @lru_cache(maxsize=1)
 def clip_tokenizer() -> str:
-    """CLIP's tokenizer as a tokenizers' JSON, from the vocabulary that comes with the package."""
-    return make_tokenizer(*clip_vocabulary())
+    """CLIP's tokenizer as a tokenizers' JSON, as transformers builds it from the vocabulary that comes with us."""
+    vocabulary, merges = clip_vocabulary()
+    pairs: Any = merges  # transformers takes pairs as well as what its types say
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs).backend_tokenizer.to_str()

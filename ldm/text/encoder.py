@@ -57,15 +57,9 @@ class TextEncoder(nn.Module):
             raise ValueError(f"text tower family={family!r} is unknown; choose clip or minilm")
         if activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"text tower activation={activation!r} is unknown; choose quick_gelu or gelu")
-        self.arguments: dict[str, Any] = {  # plain, for the manifest of a checkpoint; the tokenizer has its own file
-            "family": family,
-            "width": width,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "vocab_size": vocab_size,
-            "pad_token": pad_token,
-            "activation": activation,
-        }
+        # Plain, for the manifest of a checkpoint; the tokenizer has its own file.
+        sizes = {"width": width, "num_layers": num_layers, "num_heads": num_heads, "vocab_size": vocab_size}
+        self.arguments: dict[str, Any] = {"family": family, **sizes, "pad_token": pad_token, "activation": activation}
         self.family, self.width, self.pad_token, self.tokenizer_json = family, width, pad_token, tokenizer
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.tokenizer.no_padding()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from ldm.convert.tokenizer import read_tokenizer, write_tokenizer
-from ldm.text import clip_tokenizer, clip_vocabulary, make_tokenizer
+from ldm.text import clip_tokenizer, clip_vocabulary
 
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 
@@ -104,8 +104,11 @@ def test_a_checkpoints_own_tokenizer_gives_the_tokens_of_transformers(
 
 
 def test_a_vocabulary_that_is_not_clips_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"without <\|startoftext\|> is not CLIP's"):
-        make_tokenizer({"a": 0}, [])
+    (tmp_path / "poor").mkdir()
+    (tmp_path / "poor/vocab.json").write_text('{"a": 0}')
+    (tmp_path / "poor/merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match=r"its first token '<\|startoftext\|>' is not in its vocabulary"):
+        read_tokenizer(tmp_path / "poor")
     with pytest.raises(ValueError, match=r"holds neither tokenizer\.json nor"):
         read_tokenizer(tmp_path)
     old_folder(tmp_path / "odd", "<pad>")
