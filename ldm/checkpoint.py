@@ -112,9 +112,8 @@ def _fill(
         files[file] = _put(part / file, data, shared)
     for name, module in contents.components.items():
         if isinstance(module, TextEncoder):
-            files[f"{name}.tokenizer.json"] = _put(
-                part / f"{name}.tokenizer.json", module.tokenizer_json.encode(), shared
-            )
+            file = f"{name}.tokenizer.json"
+            files[file] = _put(part / file, module.tokenizer_json.encode(), shared)
     if state is not None:
         with open(part / STATE, "wb+") as written:
             torch.save(state, written)

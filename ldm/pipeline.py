@@ -274,9 +274,7 @@ class LatentDiffusion:
         x = request.picture("init_image", image)
         size = request.agreed_size("init_image", *sides, x.shape[2:])
         if latents is not None and tuple(latents.shape[2:]) != (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING):
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)} do not fit an image of {size[0]}×{size[1]} pixels"
-            )
+            raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit an image of {size} pixels")
         if mask is None:
             return _Edit(request.an_image("init_image", self._encode(x), each, n)), size
         full = request.mask(mask, size)

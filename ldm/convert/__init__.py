@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from ldm import checkpoint
+from ldm import checkpoint, loading
 from ldm.checkpoint import Contents
 from ldm.convert import compvis, diffusers
 from ldm.convert.diffusers import export_diffusers
@@ -127,13 +127,10 @@ def convert(
         ValueError: for what cannot be read, and if half precision cannot hold a weight.
         FileNotFoundError: if there is nothing at ``source``.
     """
-    path, target = Path(source), Path(out)
+    target = Path(out)
     if target.exists():
         raise ValueError(f"{target} exists; name a folder that does not")
-    if not path.exists():
-        path = fetch(str(source)) or path
-    if not path.exists():
-        raise FileNotFoundError(f"no model at {source}: give a diffusers folder, a .safetensors, a .ckpt or a hub id")
+    path = loading.find(source)
     if not is_foreign(path):
         raise ValueError(f"{path} is neither a diffusers folder nor a single file; nothing to convert")
     whole = path.is_file() or (path / diffusers.INDEX).is_file()

@@ -111,18 +111,14 @@ def open_pickle(path: Path) -> Source:
     if not is_pickle(head):
         raise ValueError(f"{path} is no file of torch.save by its first bytes; safetensors files end in .safetensors")
     if not head.startswith(b"PK"):
-        raise ValueError(
-            f"{path} is of before torch 1.6, which wrote no zip; it was not read; save it again with a newer torch"
-        )
+        raise ValueError(f"{path} is of before torch 1.6 (no zip) and was not read; save it again with a newer torch")
     try:
         value = _unpickle(path)
     except _Refused:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or cut short ({type(error).__name__}: {reason}); fetch it again"
-        ) from error
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path} is damaged or cut short ({reason}); fetch it again") from error
     found = value.get("state_dict", value) if isinstance(value, dict) else {}
     held = found.items() if isinstance(found, dict) else ()
     tensors = {name: tensor for name, tensor in held if isinstance(tensor, Tensor)}
@@ -132,17 +128,14 @@ def open_pickle(path: Path) -> Source:
     if odd := sorted(tensors.keys() - plain):
         raise ValueError(f"{path}: {odd[0]} is no plain tensor; give a checkpoint of plain weights")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Source(
-        str(path), shapes, lambda name: tensors[name].detach().clone(memory_format=torch.contiguous_format), (path,)
-    )
+    own = torch.contiguous_format  # of memory of its own
+    return Source(str(path), shapes, lambda name: tensors[name].detach().clone(memory_format=own), (path,))
 
 
 def _unpickle(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise _Refused(
-                f"{path} is a compressed zip, which torch.save never writes and which could unfold without end"
-            )
+            raise _Refused(f"{path} is a compressed zip, which torch.save never writes: it could unfold without end")
         if damaged := archive.testzip():  # torch checks no sums
             raise ValueError(f"the checksum of {damaged} is another")
     asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)

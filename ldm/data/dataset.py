@@ -185,9 +185,7 @@ class ShardDataset:
                 raise ValueError(f"{shown(path)} is not the index that {CATALOGUE} lists; run: ldm index FOLDER")
             size = tar.stat().st_size if isinstance(tar, Path) else index.size
             if size != index.size:
-                raise ValueError(
-                    f"{tar}: {size} bytes, its index says {index.size}: cut or changed; run: ldm index {tar}"
-                )
+                raise ValueError(f"{tar}: {size} bytes, not {index.size} as in its index; cut? run: ldm index {tar}")
             self._indices[shard] = index
         self._indices.move_to_end(shard)
         while len(self._indices) > self.indices_kept:

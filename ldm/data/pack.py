@@ -54,7 +54,8 @@ def pack(
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         names = []
-        for number, samples in enumerate(_shards(_items(source), size, shard_bytes)):
+        items = _folder(source) if source.is_dir() else _table(source)
+        for number, samples in enumerate(_shards(items, size, shard_bytes)):
             names.append(f"{number:05d}.tar")
             write_shard(building / names[-1], samples)
         if not names:
@@ -94,15 +95,6 @@ def _image(data: bytes, name: str, size: int | None) -> tuple[str, bytes]:
     return "webp", buffer.getvalue()
 
 
-def _items(source: Path) -> Iterator[_Item]:
-    if source.is_dir():
-        return _folder(source)
-    readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
-    if source.suffix not in readers:
-        raise ValueError(f"{source}: cannot be packed; the rule is a folder of images, a .csv or a .parquet")
-    return _table(source, readers[source.suffix](source))
-
-
 def _folder(source: Path) -> Iterator[_Item]:
     images: dict[str, Path] = {}
     for path in sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith(".")):
@@ -121,8 +113,8 @@ def _folder(source: Path) -> Iterator[_Item]:
         yield key, str(path), path.read_bytes(), caption
 
 
-def _table(source: Path, rows: Iterable[dict[str, Any]]) -> Iterator[_Item]:
-    for number, row in enumerate(rows):
+def _table(source: Path) -> Iterator[_Item]:
+    for number, row in enumerate(_rows(source)):
         name, key = f"{source}, row {number + 1}", f"{number:09d}"
         image = _cell(source, row, IMAGE_COLUMNS)
         caption = _caption(_cell(source, row, CAPTION_COLUMNS), name, "fill that cell")
@@ -139,12 +131,13 @@ def _table(source: Path, rows: Iterable[dict[str, Any]]) -> Iterator[_Item]:
             raise ValueError(f"{name}: no image in it; put a path or the bytes of a file there")
 
 
-def _csv_rows(source: Path) -> Iterator[dict[str, Any]]:
-    with open(source, newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file)
-
-
-def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
+def _rows(source: Path) -> Iterator[dict[str, Any]]:
+    if source.suffix == ".csv":
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            yield from csv.DictReader(file)
+        return
+    if source.suffix != ".parquet":
+        raise ValueError(f"{source}: cannot be packed; the rule is a folder of images, a .csv or a .parquet")
     try:
         import pyarrow.parquet as parquet
     except ImportError:
