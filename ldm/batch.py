@@ -90,9 +90,8 @@ def draw(
                 progress(done + some * min(1.0, (i + 1) / steps))
 
         own, against = [texts[i] for i in missing], [negatives[i] for i in missing]
-        out = model.sample(
-            own, against, seed=[seeds[i] for i in missing], batch_size=batch_size, callback=step, **options
-        )
+        own_seeds = [seeds[i] for i in missing]
+        out = model.sample(own, against, seed=own_seeds, batch_size=batch_size, callback=step, **options)
         output.mkdir(parents=True, exist_ok=True)
         _claim(output, asked, paths, rank, write=True)
         for k, (i, image) in enumerate(zip(missing, out.pil(), strict=True)):

@@ -134,7 +134,7 @@ def test_a_picture_made_from_another_asks_for_it(saved: Path, tmp_path: Path, ca
         ({"precision": "int3"}, "choose one of"),
         ({"resize": "evil"}, "choose one of"),
         ({"safety": "given"}, "which cannot be called from here"),
-        ({"safety": "rm"}, "choose one of nsfw"),
+        ({"safety": "rm"}, "choose nsfw"),
         ({"init_image": "/dev/zero"}, "not in it; give init_image=FILE"),
         ({"latents": "given"}, "was made with latents"),
         ({"callback": "x"}, "was made with callback"),

@@ -81,9 +81,7 @@ def quick(
 def _diffusion(module: DiffusionTraining) -> Iterator[Finding]:
     model = module.model
     if module.caption_dropout == 0.0:
-        yield Finding(
-            "warning", "caption_dropout=0: the model never learns the null context, so guidance will not work"
-        )
+        yield Finding("warning", "caption_dropout=0: the model never learns the null context, guidance will not work")
     alpha = float(model.schedule.alpha_bar[-1]) ** 0.5
     if alpha > TERMINAL:
         yield Finding(

@@ -6,7 +6,7 @@ import http.server
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,9 @@ class Server:
                 if status == 206:
                     self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/*")
                 self.end_headers()
-                try:
+                server.sent += len(body)  # before the client can have it, and look
+                with suppress(OSError):  # the client has heard enough
                     self.wfile.write(body)
-                    server.sent += len(body)
-                except OSError:
-                    pass  # the client has heard enough
 
             def log_message(self, *arguments: Any) -> None: ...
 
