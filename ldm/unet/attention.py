@@ -16,6 +16,10 @@ from ldm.unet.layers import NUM_GROUPS
 # them in float32, or a block of queries at a time in bfloat16, where the products are twice as fast.
 PLAIN_LIMIT = 512 * 512
 BLOCK = 2**19
+# From LONG queries and keys on, it pays to bring the keys and values of a head into oneDNN's blocks first: see _fused.
+LONG, FUSED_BLOCK = 2048, 2**21
+SHIFT = 77.0  # σ(s - SHIFT) stands for exp(s - SHIFT)
+SUMS = (1e-31, 5e-4)  # of such exponentials that are exact: float32 ends at 1e-38, and σ(x) < exp(x) by the part σ(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_LIMIT:
         return _plain(q, k, v)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not q.requires_grad:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not any(y.requires_grad for y in (q, k, v)):
         return _in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -44,11 +48,37 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A head and BLOCK weights at a time."""
     out, rows = torch.empty(q.shape, dtype=q.dtype), max(1, BLOCK // k.shape[-2])
+    long = min(q.shape[-2], k.shape[-2]) >= LONG and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     q, k, v, heads = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v, out))
     for i in range(len(q)):
-        for top in range(0, q.shape[1], rows):
-            heads[i, top : top + rows] = _plain(q[i, top : top + rows], k[i], v[i])
+        y = _fused(q[i], k[i], v[i]) if long else None
+        heads[i] = torch.cat([_plain(part, k[i], v[i]) for part in q[i].split(rows)]) if y is None else y
     return out
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """One head with no pass over its scores, (l, d), (m, d), (m, d) → (l, d); None if the scores are too large for it.
+
+    oneDNN applies σ to a product before it rounds and stores it, and σ(x) is exp(x) where x is well below 0. Softmax
+    does not see what all keys have in common; without their mean, the exponentials of a query's scores add up to the
+    number of keys at least (Jensen), so those that exp(s - SHIFT) loses at its lower end are 3e-5 of the sum at most.
+    A column of ones beside v takes the sum, and shows the rest: no term is larger than it. A power of two keeps the
+    products with v away from the end of the numbers.
+    """
+    d, unit = v.shape[-1], 2.0**40
+    k = (k - k.mean(0, dtype=torch.float32)).to(k.dtype)
+    v = F.pad(F.pad(v, (0, 1), value=1.0) * unit, (0, -(d + 1) % 16))  # the products come in sixteens
+    pack, product = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    keys, values, shift = pack(k, None), pack(v.T.contiguous(), None), k.new_full((len(k),), -SHIFT)
+    parts = []
+    for part in (q * d**-0.5).split(max(1, FUSED_BLOCK // len(k))):
+        weights = product(part, keys, shift, "sigmoid", [], "")
+        y, total = product(weights, values, None, "none", [], "")[:, : d + 1].split((d, 1), dim=-1)
+        low, high = total.aminmax()
+        if not (SUMS[0] < float(low) / unit and float(high) / unit < SUMS[1]):  # nor if they are NaN
+            return None
+        parts.append(y / total)
+    return torch.cat(parts)
 
 
 class Attention(nn.Module):
