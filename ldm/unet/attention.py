@@ -16,23 +16,12 @@ from ldm.unet.layers import NUM_GROUPS
 # them in float32, or a block of queries at a time in bfloat16, where the products are twice as fast.
 PLAIN_LIMIT = 512 * 512
 BLOCK = 2**19
-# From LONG queries and keys on, it pays to bring the keys and values of a head into oneDNN's blocks first: see _fused.
-LONG, FUSED_BLOCK = 2048, 2**21
-SHIFT = 77.0  # σ(s - SHIFT) stands for exp(s - SHIFT)
-SUMS = (1e-31, 5e-4)  # of such exponentials that are exact: float32 ends at 1e-38, and σ(x) < exp(x) by the part σ(x)
+# See _fused: it brings keys and values into oneDNN's blocks first, which pays from LONG of them on.
+LONG, FUSED_BLOCK, SHIFT = 2048, 2**21, 77.0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax(q kᵀ / √head_dim) v (Vaswani et al., 1706.03762, eq. 1).
-
-    Args:
-        q: queries, shape (n, heads, l, head_dim).
-        k: keys, shape (n, heads, m, head_dim).
-        v: values, shape (n, heads, m, head_dim).
-
-    Returns:
-        Shape (n, heads, l, head_dim).
-    """
+    """Softmax(q kᵀ / √d) v (Vaswani et al., 1706.03762, eq. 1), (n, heads, l, d), 2 × (n, heads, m, d) → as q."""
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_LIMIT:
         return _plain(q, k, v)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not any(y.requires_grad for y in (q, k, v)):
@@ -59,11 +48,10 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """One head with no pass over its scores, (l, d), (m, d), (m, d) → (l, d); None if the scores are too large for it.
 
-    oneDNN applies σ to a product before it rounds and stores it, and σ(x) is exp(x) where x is well below 0. Softmax
-    does not see what all keys have in common; without their mean, the exponentials of a query's scores add up to the
-    number of keys at least (Jensen), so those that exp(s - SHIFT) loses at its lower end are 3e-5 of the sum at most.
-    A column of ones beside v takes the sum, and shows the rest: no term is larger than it. A power of two keeps the
-    products with v away from the end of the numbers.
+    oneDNN applies σ to a product before it rounds and stores it, and σ(s - SHIFT) is exp(s - SHIFT) where it is small.
+    Softmax does not see what all keys have in common; without it, the exponentials of a query's scores add up to the
+    number of keys at least (Jensen), so those that are lost below e^-87 are 4e-5 of the sum at most. A column of ones
+    takes the sum, and shows the rest: no term is larger than it. ``unit`` keeps products with v from getting lost.
     """
     d, unit = v.shape[-1], 2.0**40
     k = (k - k.mean(0, dtype=torch.float32)).to(k.dtype)
@@ -74,8 +62,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     for part in (q * d**-0.5).split(max(1, FUSED_BLOCK // len(k))):
         weights = product(part, keys, shift, "sigmoid", [], "")
         y, total = product(weights, values, None, "none", [], "")[:, : d + 1].split((d, 1), dim=-1)
-        low, high = total.aminmax()
-        if not (SUMS[0] < float(low) / unit and float(high) / unit < SUMS[1]):  # nor if they are NaN
+        low, high = (float(sum_) / unit for sum_ in total.aminmax())
+        if not (low > 1e-31 and high < 5e-4):  # float32 ends at 1e-38; σ(x) is below exp(x) by the part σ(x); NaN
             return None
         parts.append(y / total)
     return torch.cat(parts)
@@ -144,11 +132,9 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (n, c, h, w), context (n, m, d) → (n, c, h, w)."""
         height, width = x.shape[-2:]
-        y = self.norm(x)
-        if self.linear_projections:
-            y = self.proj_in(rearrange(y, "n c h w -> n (h w) c"))
-        else:
-            y = rearrange(self.proj_in(y), "n c h w -> n (h w) c")
+        y = self.norm(x) if self.linear_projections else self.proj_in(self.norm(x))
+        y = rearrange(y, "n c h w -> n (h w) c")
+        y = self.proj_in(y) if self.linear_projections else y
         y = y + self.self_attention(self.norm1(y))
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ldm
 from ldm.autoencoder import Autoencoder
-from ldm.autoencoder.autoencoder import Upsample
 from ldm.diffusion import Schedule
 from ldm.evaluation.report import table
 from ldm.pipeline import Defaults, LatentDiffusion
@@ -114,7 +113,7 @@ def decoding(peaks: dict[str, float]) -> list[list[object]]:
     ours.latent_mean.zero_()
     fast = accelerated(ours)
     ours16, peer16 = (copy.deepcopy(module).bfloat16() for module in (ours, peer))
-    packed = prepack(copy.deepcopy(ours16), Upsample)
+    packed = prepack(copy.deepcopy(ours16))
     return rows(
         {
             PEER: lambda: peer.decode(z),
