@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm import randomness, request
 from ldm.autoencoder import Autoencoder
-from ldm.autoencoder.autoencoder import DOWNSAMPLING, Upsample
+from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
 from ldm.diffusion import Grid, Prediction, Schedule, evaluations, guided, make_grid, to_x0
@@ -421,7 +421,7 @@ class LatentDiffusion:
                 twin.unet = copy.deepcopy(self.unet).to(dtype)
                 twin.autoencoder = copy.deepcopy(self.autoencoder).to(dtype)
             if packs:
-                twin.unet, twin.autoencoder = prepack(twin.unet), prepack(twin.autoencoder, Upsample)
+                twin.unet, twin.autoencoder = prepack(twin.unet), prepack(twin.autoencoder)
             if precision == "float32_winograd":
                 twin.unet, twin.autoencoder = accelerated(twin.unet), accelerated(twin.autoencoder)
             twin.precision, twin._twin = precision, None

@@ -16,22 +16,15 @@ from ldm.unet.layers import NUM_GROUPS
 # them in float32, or a block of queries at a time in bfloat16, where the products are twice as fast.
 PLAIN_LIMIT = 512 * 512
 BLOCK = 2**19
+# See _fused: it brings keys and values into oneDNN's blocks first, which pays from LONG of them on.
+LONG, FUSED_BLOCK, SHIFT = 2048, 2**21, 77.0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax(q kᵀ / √head_dim) v (Vaswani et al., 1706.03762, eq. 1).
-
-    Args:
-        q: queries, shape (n, heads, l, head_dim).
-        k: keys, shape (n, heads, m, head_dim).
-        v: values, shape (n, heads, m, head_dim).
-
-    Returns:
-        Shape (n, heads, l, head_dim).
-    """
+    """Softmax(q kᵀ / √d) v (Vaswani et al., 1706.03762, eq. 1), (n, heads, l, d), 2 × (n, heads, m, d) → as q."""
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_LIMIT:
         return _plain(q, k, v)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not q.requires_grad:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not any(y.requires_grad for y in (q, k, v)):
         return _in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -44,11 +37,36 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A head and BLOCK weights at a time."""
     out, rows = torch.empty(q.shape, dtype=q.dtype), max(1, BLOCK // k.shape[-2])
+    long = min(q.shape[-2], k.shape[-2]) >= LONG and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     q, k, v, heads = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v, out))
     for i in range(len(q)):
-        for top in range(0, q.shape[1], rows):
-            heads[i, top : top + rows] = _plain(q[i, top : top + rows], k[i], v[i])
+        y = _fused(q[i], k[i], v[i]) if long else None
+        heads[i] = torch.cat([_plain(part, k[i], v[i]) for part in q[i].split(rows)]) if y is None else y
     return out
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """One head with no pass over its scores, (l, d), (m, d), (m, d) → (l, d); None if the scores are too large for it.
+
+    oneDNN applies σ to a product before it rounds and stores it, and σ(s - SHIFT) is exp(s - SHIFT) where it is small.
+    Softmax does not see what all keys have in common; without it, the exponentials of a query's scores add up to the
+    number of keys at least (Jensen), so those that are lost below e^-87 are 4e-5 of the sum at most. A column of ones
+    takes the sum, and shows the rest: no term is larger than it. ``unit`` keeps products with v from getting lost.
+    """
+    d, unit = v.shape[-1], 2.0**40
+    k = (k - k.mean(0, dtype=torch.float32)).to(k.dtype)
+    v = F.pad(F.pad(v, (0, 1), value=1.0) * unit, (0, -(d + 1) % 16))  # the products come in sixteens
+    pack, product = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    keys, values, shift = pack(k, None), pack(v.T.contiguous(), None), k.new_full((len(k),), -SHIFT)
+    parts = []
+    for part in (q * d**-0.5).split(max(1, FUSED_BLOCK // len(k))):
+        weights = product(part, keys, shift, "sigmoid", [], "")
+        y, total = product(weights, values, None, "none", [], "")[:, : d + 1].split((d, 1), dim=-1)
+        low, high = (float(sum_) / unit for sum_ in total.aminmax())
+        if not (low > 1e-31 and high < 5e-4):  # float32 ends at 1e-38; σ(x) is below exp(x) by the part σ(x); NaN
+            return None
+        parts.append(y / total)
+    return torch.cat(parts)
 
 
 class Attention(nn.Module):
@@ -114,11 +132,9 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (n, c, h, w), context (n, m, d) → (n, c, h, w)."""
         height, width = x.shape[-2:]
-        y = self.norm(x)
-        if self.linear_projections:
-            y = self.proj_in(rearrange(y, "n c h w -> n (h w) c"))
-        else:
-            y = rearrange(self.proj_in(y), "n c h w -> n (h w) c")
+        y = self.norm(x) if self.linear_projections else self.proj_in(self.norm(x))
+        y = rearrange(y, "n c h w -> n (h w) c")
+        y = self.proj_in(y) if self.linear_projections else y
         y = y + self.self_attention(self.norm1(y))
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))
