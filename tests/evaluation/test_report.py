@@ -38,7 +38,7 @@ def example() -> Report:
 
 def test_a_table_is_aligned_markdown() -> None:
     assert table(["a", "value"], [["x", 0.12345], ["long", 3]]) == (
-        "| a    | value |\n|------|-------|\n| x    | 0.123 |\n| long | 3     |\n"
+        "| a    | value   |\n|------|---------|\n| x    | 0.123   |\n| long | 3       |\n"
     )
 
 
