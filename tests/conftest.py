@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from ldm import checkpoint
 from ldm.autoencoder import Autoencoder
 from ldm.data import write_shard
 from ldm.diffusion import Schedule
@@ -86,3 +87,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         samples.append((f"{i:04d}", members))
     write_shard(folder / "shapes.tar", samples)
     return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A text tower and an autoencoder, tiny and random, for stage two."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(widths=(32, 64), num_blocks=1, stem=4)
+    checkpoint.save(folder / "text", checkpoint.Contents({"text_encoder": tiny_text("clip")}))
+    checkpoint.save(folder / "autoencoder", checkpoint.Contents({"autoencoder": autoencoder}))
+    return folder / "text", folder / "autoencoder"

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ldm.cli.ablation import ablate
 from ldm.cli.commands import convert, index, pack, sample
 from ldm.cli.help import help_of
 from ldm.cli.research import evaluate, reproduce
@@ -22,7 +23,7 @@ __all__ = ["door", "main", "sample", "train"]
 def main(argv: Sequence[str] | None = None) -> int:
     """``ldm COMMAND …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    known: tuple[Command, ...] = (train, sample, evaluate, reproduce, doctor, pack, index, convert)
+    known: tuple[Command, ...] = (train, sample, evaluate, ablate, reproduce, doctor, pack, index, convert)
     commands = {command.__name__: command for command in known}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(help_of("ldm"))

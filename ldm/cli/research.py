@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.commands import launch
 from ldm.cli.settings import parse, stamp, value_of
 
 
@@ -17,7 +19,7 @@ def evaluate(arguments: list[str]) -> None:
     defaults = {
         "model": "emoji", "data": "emoji48", "against": None, "sweep": None, "values": None, "samplers": None,
         "split": None, "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None, "sampler": "ddim",
-        "batch_size": 16, "output": None,
+        "batch_size": 16, "devices": 1, "output": None,
     }  # fmt: skip
     texts = ("model", "data", "against", "sweep", "values", "samplers", "split", "sampler", "output")
     settings, bare = parse(arguments, defaults, texts)
@@ -29,24 +31,36 @@ def evaluate(arguments: list[str]) -> None:
     given = {key: settings[key] for key in ("values", "samplers", "split") if settings[key] is not None}
     if axis is None and given:
         raise ValueError(f"{min(given)}= belongs to sweep=guidance or sweep=steps; give one, or leave it out")
+    import torch
+
     from ldm import provenance, request
+    from ldm.batch import ranks, shared
     from ldm.evaluation import Drawing, compare_losses, score, sweep
 
-    for key in ("seeds", "batch_size", *(["limit"] if settings["limit"] is not None else [])):
+    for key in ("seeds", "batch_size", "devices", *(["limit"] if settings["limit"] is not None else [])):
         request.count(key, settings[key])
+    rank, world = ranks()
+    if settings["devices"] > 1 and world == 1:
+        launch("evaluate", settings["devices"], arguments)
+        return
+    moment = shared(stamp())  # where the processes meet
+    output = Path(settings["output"] or f"outputs/evaluation/{moment}")
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     drawing = Drawing(*(settings[key] for key in ("seeds", "steps", "guidance_scale", "sampler", "batch_size")))
     command = shlex.join(["ldm", "evaluate", *arguments])
-    shared = {"data": settings["data"], "limit": settings["limit"], "command": command}
+    always = {"data": settings["data"], "limit": settings["limit"], "command": command}
     if axis is not None:
         lists = {key: value_of(key, f"[{given[key]}]") for key in ("values", "samplers") if key in given}
         lists = {"samplers": [settings["sampler"]], **lists}
-        report = sweep(settings["model"], axis, split=given.get("split", "train"), drawing=drawing, **lists, **shared)
+        report = sweep(settings["model"], axis, split=given.get("split", "train"), drawing=drawing, **lists, **always)
     elif against is not None and not (Path(against) / "result.json").is_file():
-        report = compare_losses(settings["model"], against, **shared)
+        report = compare_losses(settings["model"], against, **always)
     else:
-        report = score(settings["model"], drawing=drawing, against=against and Path(against), **shared)
+        report = score(settings["model"], drawing=drawing, against=against and Path(against), **always)
     report.result["environment"] = provenance.environment()
-    output = Path(settings["output"] or f"outputs/evaluation/{stamp()}")
+    if rank:
+        return
     report.write(output)
     sys.stdout.write(f"{report.markdown()}\nwritten to {output}: report.html report.md result.json\n")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from ldm import randomness
 
@@ -67,6 +68,25 @@ def paired(name: str, a: np.ndarray, b: np.ndarray, groups: Groups) -> Figure:
     own = mean(name, a - b, groups)
     unpaired = math.hypot(*(one.high - one.low for one in (mean("", a, groups), mean("", b, groups))))
     return own._replace(gain=unpaired / (own.high - own.low) if own.high > own.low else None)
+
+
+def over_seeds(name: str, values: Sequence[float], rows: np.ndarray | None = None, groups: Groups = ()) -> Figure:
+    """Mean over trainings of K seeds with a 95 % interval for other seeds, and for other images where rows are given.
+
+    The half-widths of two intervals are added in quadrature: Student's t over seeds, and over images the bootstrap of
+    what each scores on the average over seeds. Of differences between two cells, give the differences seed by seed.
+
+    Args:
+        name: of the figure.
+        values: one a seed.
+        rows: the same image by image, (K, n); None where the figure is one of a whole set.
+        groups: of the images, (n,).
+    """
+    k, value = len(values), float(np.mean(values))
+    over = float(stats.t.ppf(0.975, k - 1) * np.std(values, ddof=1) / math.sqrt(k)) if k > 1 else 0.0
+    one = Figure(name, value, value, value, k) if rows is None else mean(name, rows.mean(0), groups)
+    low, high = value - math.hypot(over, value - one.low), value + math.hypot(over, one.high - value)
+    return Figure(name, value, low, high, k if rows is None else rows.size, "" if k > 1 else "one seed")
 
 
 def compare(a: Figure, b: Figure) -> Figure:

@@ -18,7 +18,7 @@ import torch
 
 from ldm import randomness
 from ldm.data import Sample, captions
-from ldm.diffusion import per_sample_error, target
+from ldm.diffusion import Prediction, per_sample_error, target, to_eps
 from ldm.diffusion.schedule import per_image
 from ldm.evaluation.features import image_batches
 from ldm.evaluation.figures import Figure, mean, paired
@@ -75,8 +75,10 @@ def measure(
     samples: Sequence[Sample],  # whose first captions are taken
     batch_size: int = 16,  # changes speed alone
     seed: int = 0,  # of t and ε
+    as_eps: bool = False,  # the error of ε whatever the UNet predicts: the same thing of models that predict others
 ) -> Losses:
     """The error of what the UNet predicts of each image, mean over a latent's values."""
+    kind: Prediction = "epsilon" if as_eps else model.prediction
     steps, size = model.schedule.num_steps, (model.defaults.height, model.defaults.width)
     bounds = [k * steps // BINS for k in range(BINS + 1)]
     errors = []
@@ -90,8 +92,10 @@ def measure(
             eps = torch.stack([randomness.normal(seed, f"loss noise {low}", p, z.shape[1:]) for p in places]).to(z)
             alpha, sigma = (per_image(f(t), z) for f in (model.schedule.alpha, model.schedule.sigma))
             noisy = model.schedule.add_noise(z, eps, t).to(model.dtype)
-            prediction = model.unet(noisy, t.to(model.device), context)
-            columns.append(per_sample_error(prediction, target(model.prediction, z, eps, alpha, sigma)).double().cpu())
+            prediction = model.unet(noisy, t.to(model.device), context).float()
+            if as_eps:
+                prediction = to_eps(model.prediction, prediction, noisy.float(), alpha, sigma)
+            columns.append(per_sample_error(prediction, target(kind, z, eps, alpha, sigma)).double().cpu())
         errors.append(torch.stack(columns, 1))
     error = torch.cat(errors).numpy()
     if not np.isfinite(error).all():

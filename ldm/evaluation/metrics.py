@@ -46,8 +46,9 @@ class ImageMetric(Metric):
         self,
         score: Callable[..., Tensor],  # what update is given, groups apart → a row an image: features, or values
         reduce: Reduce,
+        over_ranks: bool = True,  # compute over what all processes saw; False: each saw everything already
     ) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=over_ranks)
         self.score: Callable[..., Tensor]
         self.rows: list[Tensor]
         self.groups: list[Tensor]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -79,11 +80,11 @@ class Judge:
         self, features: Features, concepts: Sequence[str], prompts: Sequence[str], fingerprint: dict[str, Any]
     ) -> dict[str, Figure]:
         """Text alignment, set distances and diversity of generated pictures, as far as there are enough of them."""
-        alignment = ImageMetric(self.probe, means(COLUMNS))
+        alignment = ImageMetric(self.probe, means(COLUMNS), over_ranks=False)
         alignment.update(features, prompts, groups=concepts)
-        spread = ImageMetric(torch.nn.Identity(), diversity)
+        spread = ImageMetric(torch.nn.Identity(), diversity, over_ranks=False)
         spread.update(features.pooled - self.real.mean(0), groups=prompts)
-        distances = ImageMetric(torch.nn.Identity(), set_distances)
+        distances = ImageMetric(torch.nn.Identity(), set_distances, over_ranks=False)
         distances.update(self.real, groups=None)
         distances.update(features.pooled, groups=prompts)
         found: dict[str, Figure] = {}
@@ -130,8 +131,11 @@ def evaluate_pairs(
     drawn = [(s, int(hashlib.sha256(s.key.encode()).hexdigest()[:6], 16) + k)
              for s in pairs for k in range(drawing.seeds)]  # fmt: skip
     prompts = [captions(s)[0] for s, _ in drawn]
-    parts, images, settings = [], [], {}
-    for first in tqdm(range(0, len(drawn), drawing.batch_size), f"{name}, {split}", disable=None):  # on a terminal
+    starts, rank, world = range(0, len(drawn), drawing.batch_size), 0, 1
+    if dist.is_initialized():  # every world-th batch is this process's, whose pictures do not hang on it
+        rank, world = dist.get_rank(), dist.get_world_size()
+    own: dict[int, Any] = {}
+    for first in tqdm(starts[rank::world], f"{name}, {split}", disable=True if rank else None):  # on a terminal
         batch = slice(first, first + drawing.batch_size)
         out = model.sample(
             prompts[batch],
@@ -141,9 +145,14 @@ def evaluate_pairs(
             seed=[seed for _, seed in drawn[batch]],
             batch_size=drawing.batch_size,
         )
-        parts.append(scorer.network(out.images))
-        images += out.pil()
-        settings = {key: value for key, value in out.settings.items() if key not in ("negative_prompts", "batch_size")}
+        own[first] = (scorer.network(out.images), out.pil(), out.settings)
+    shares = [own]
+    if world > 1:
+        shares = [{}] * world
+        dist.all_gather_object(shares, own)
+    batches = [batch for _, batch in sorted(item for share in shares for item in share.items())]
+    parts, images = [batch[0] for batch in batches], [image for batch in batches for image in batch[1]]
+    settings = {key: v for key, v in batches[0][2].items() if key not in ("negative_prompts", "batch_size")}
     features, concepts = cat(parts), [s.meta["concept"] for s, _ in drawn]
     scores = scorer.score(features, concepts, [s.meta["style"] for s, _ in drawn])
     fingerprint = {

@@ -40,9 +40,9 @@ def evaluate_autoencoder(
     """
     device = next(autoencoder.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    metrics = [ImageMetric(lambda columns: columns, means(COLUMNS))]
+    metrics = [ImageMetric(lambda columns: columns, means(COLUMNS), over_ranks=False)]
     if network is not None and len(samples) > NEIGHBOURS:
-        metrics.append(ImageMetric(lambda images: network(images).pooled, set_distances))
+        metrics.append(ImageMetric(lambda images: network(images).pooled, set_distances, over_ranks=False))
     latents, centres = [], []
     for part, images in image_batches(samples, batch_size):
         x, keys = images.to(device), [s.key for s in part]

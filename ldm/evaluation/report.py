@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+from tabulate import tabulate
 
 from ldm.data.shards import write_atomically
 from ldm.evaluation.figures import Figure
@@ -72,6 +73,7 @@ class Pictures(NamedTuple):
 
     title: str
     pictures: Sequence[tuple[Image.Image, Mapping[str, Any]]]
+    columns: Sequence[str] = ()  # names of what stands side by side, pictures row by row; none: as many as fit
 
     def page(self) -> str:
         """As HTML, the pictures in it."""
@@ -84,7 +86,9 @@ class Pictures(NamedTuple):
             alt = html.escape(str(about.get("prompt", "")))
             picture = f'<img alt="{alt}" src="data:image/webp;base64,{data}">'
             buttons.append(f'<button data-about="{said}">{picture}</button>')
-        return f'<div class="grid">{"".join(buttons)}</div>'
+        heads = "".join(f"<b>{html.escape(name)}</b>" for name in self.columns)
+        style = f' style="grid-template-columns: repeat({len(self.columns)}, minmax(64px, 128px))"' if heads else ""
+        return f'<div class="scroll"><div class="grid"{style}>{heads}{"".join(buttons)}</div></div>'
 
 
 Part = Table | Curve | Pictures
@@ -119,18 +123,16 @@ class Report:
         write_text(folder / "report.html", self.html())
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table as Markdown, its columns aligned; ends with a newline.
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], style: str = "github") -> str:
+    """A table as aligned Markdown, or in another of tabulate's styles (``"latex_booktabs"``); ends with a newline.
 
     Raises:
         ValueError: a row with another number of cells than there are columns.
     """
-    cells = [list(columns), *([_text(cell) for cell in row] for row in rows)]
+    cells = [[_text(cell) for cell in row] for row in rows]
     if odd := [row for row in cells if len(row) != len(columns)]:
         raise ValueError(f"row {odd[0]} has {len(odd[0])} cells, the table {len(columns)} columns; give one a column")
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]) + "\n"
+    return tabulate(cells, list(columns), style, disable_numparse=True) + "\n"
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -32,13 +32,14 @@ def example() -> Report:
         Table("A table", ["name", "figure", "count", "Pareto"], [*rows, ["chance", 0.001, 7, HOSTILE]], "A note."),
         Curve("A curve", "passes", "figure", {"ddim": points, "heun": points[::-1]}),
         Pictures("Pictures", pictures),
+        Pictures("Side by side", pictures[:4], ["one", HOSTILE]),
     ]
     return Report(f"A report {HOSTILE}", f"ldm evaluate {HOSTILE}", parts, {"figures": figures})
 
 
 def test_a_table_is_aligned_markdown() -> None:
     assert table(["a", "value"], [["x", 0.12345], ["long", 3]]) == (
-        "| a    | value |\n|------|-------|\n| x    | 0.123 |\n| long | 3     |\n"
+        "| a    | value   |\n|------|---------|\n| x    | 0.123   |\n| long | 3       |\n"
     )
 
 
@@ -101,6 +102,9 @@ dialog.querySelector("button").click();
 seen.closed = !dialog.open;
 seen.images = [...document.images].filter(image => image.src && !(image.complete && image.naturalWidth)).length;
 seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+const beside = document.querySelectorAll(".grid")[1];
+seen.columns = getComputedStyle(beside).gridTemplateColumns.split(" ").length;
+seen.heads = [...beside.querySelectorAll("b")].map(head => head.textContent);
 document.body.dataset.seen = JSON.stringify(seen);
 </script>"""
 
@@ -133,6 +137,7 @@ def test_in_a_browser_tables_sort_a_picture_opens_and_the_console_is_silent(tmp_
     assert seen["about"] == [["prompt", f"green {HOSTILE}"], ["seed", "4"], ["steps", "2"]]
     assert seen["top"] == 0  # the picture is in sight
     assert seen["closed"]
+    assert (seen["columns"], seen["heads"]) == (2, ["one", HOSTILE])
     assert seen["images"] == 0  # none is broken
     assert seen["wide"] == 0  # the page itself never scrolls sideways; wide tables do within
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
@@ -133,3 +136,38 @@ def test_the_door_evaluates_and_writes(
     result = json.loads((out / "result.json").read_text("utf-8"))
     assert result["command"] == f"ldm evaluate model={saved} limit=2 seeds=2 steps=1 output={out}"
     assert result["environment"]["versions"]["torch"] == torch.__version__
+
+
+def work(rank: int, world: int, port: int, folder: str) -> None:
+    """One of several processes that score the same model."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    judge = torch.load(f"{folder}/judge.pt", weights_only=False)  # what this test wrote itself
+    drawing = Drawing(seeds=1, steps=2, batch_size=2)  # two batches, one a process
+    report = score(f"{folder}/model", limit=3, drawing=drawing, judge=judge)
+    report.write(Path(folder) / f"of {world}, {rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_drawing_and_each_has_the_report_of_one(
+    saved: Path, judge48: Judge, tmp_path: Path
+) -> None:
+    torch.save(judge48, tmp_path / "judge.pt")
+    for world in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(work, (world, port, str(tmp_path)), nprocs=world)
+    alone = (tmp_path / "of 1, 0/report.html").read_text("utf-8")
+    assert alone.count("data:image/webp") == 6
+    for rank in (0, 1):
+        assert (tmp_path / f"of 2, {rank}/report.html").read_text("utf-8") == alone
+
+
+def test_evaluate_launches_the_processes_that_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr("ldm.cli.research.launch", lambda *arguments: launched.append(arguments))
+    assert main(["evaluate", "devices=2", "limit=3", f"output={tmp_path / 'out'}"]) == 0
+    assert launched == [("evaluate", 2, ["devices=2", "limit=3", f"output={tmp_path / 'out'}"])]
+    assert main(["evaluate", "devices=0"]) == 2

@@ -24,7 +24,6 @@ from ldm.autoencoder import Adversarial, Autoencoder
 from ldm.cli import door, train
 from ldm.data import ShardDataset, write_shard
 from ldm.training.guard import Guard, Limits
-from tests.conftest import tiny_text
 from tests.training.test_training import AUTOENCODER, arguments, column, unet, weights
 
 ROOT = Path(ldm.__file__).parents[1]
@@ -39,17 +38,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A text tower and an autoencoder, tiny and random, for stage two."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    autoencoder = Autoencoder(widths=(32, 64), num_blocks=1, stem=4)
-    checkpoint.save(folder / "text", checkpoint.Contents({"text_encoder": tiny_text("clip")}))
-    checkpoint.save(folder / "autoencoder", checkpoint.Contents({"autoencoder": autoencoder}))
-    return folder / "text", folder / "autoencoder"
 
 
 @pytest.fixture
