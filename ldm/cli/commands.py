@@ -44,7 +44,7 @@ def sample(arguments: list[str]) -> None:
         raise ValueError('no prompt came; give one: python sample.py "a red apple, noto style"')
     rank, world = ranks()
     if request.count("devices", settings["devices"]) > 1 and world == 1:
-        _launch(settings["devices"], arguments)
+        launch("sample", settings["devices"], arguments)
         return
     if world > 1 and settings["device"] is None and torch.cuda.is_available():
         settings["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -99,12 +99,10 @@ def _account(drawn: Any, seconds: float) -> str:
     )
 
 
-def _launch(devices: int, arguments: Sequence[str]) -> None:
-    """The same command in several processes, which share its pictures."""
-    rest = [argument for argument in arguments if not argument.startswith("devices=")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
-               "-m", "ldm.cli", "sample", *rest]  # fmt: skip
-    done = subprocess.run(command, check=False)
+def launch(command: str, devices: int, arguments: Sequence[str]) -> None:
+    """The same command in several processes, which share its work."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    done = subprocess.run([*torchrun, "-m", "ldm.cli", command, *arguments], check=False)
     if done.returncode:
         raise ValueError(f"one of {devices} processes failed; what they said is above")
 
