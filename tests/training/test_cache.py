@@ -1,4 +1,4 @@
-"""The cache of ``ldm precompute``: what a training reads from it is what it would have made, or there is one line why not."""
+"""The cache of ``ldm precompute``: a training reads from it what it would have made, or there is one line why not."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------ the same as in memory and live
+# ---------------------------------------------------------------------------------------- the same as in memory and live
 
 
 def test_a_folder_gives_what_memory_gives_to_the_bit(shapes: Path, model: LatentDiffusion, tmp_path: Path) -> None:
@@ -116,9 +116,8 @@ def test_training_from_a_folder_has_the_losses_of_memory_to_the_bit_and_of_live(
         assert door(train, arguments(shapes, run, "diffusion", 20, *more, *own)) == 0
         losses[name], dropped[name] = column(run, "train/loss"), column(run, "train/dropped_captions")
     assert losses["folder"] == losses["memory"]
-    print("REL", max(abs(a/b-1) for a,b in zip(losses["folder"],losses["live"])))
-    # Encoded in a batch of 24 and in batches of 8: measured 2e-7 at most.
-    assert losses["folder"] == pytest.approx(losses["live"], rel=1e-5)
+    # Encoded in a batch of 24 and in batches of 8: measured 9e-8, one rounding of float32, over these 20 steps.
+    assert losses["folder"] == pytest.approx(losses["live"], rel=1e-6)
     assert dropped["folder"] == dropped["live"]
     assert max(dropped["folder"]) > 0
 
@@ -219,13 +218,14 @@ def test_after_kill_9_whole_parts_stay_and_the_others_are_made(
 @pytest.mark.slow
 def test_devices_are_processes_that_share_the_work(shapes: Path, parts: tuple[Path, Path], tmp_path: Path) -> None:
     own = arguments(shapes, tmp_path / "cache", "diffusion", 1, *unet(*parts), "trainer.devices=2")
-    done = subprocess.run([sys.executable, "-m", "ldm.cli", "precompute", *own], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ldm.cli", "precompute", *own]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "process 0: 1 parts" in done.stdout
     assert "process 1: 0 parts" in done.stdout
 
 
-# --------------------------------------------------------------------------------------------- stale, damaged, not there
+# ------------------------------------------------------------------------------------------- stale, damaged, not there
 
 
 def change(part: torch.nn.Module) -> None:
@@ -257,7 +257,7 @@ def test_a_stale_cache_names_what_differs_and_only_that(
         write_shard(tmp_path / "other.tar", members)
         samples = ShardDataset(tmp_path / "other.tar")
     own = encoding(samples, model, flip, height)
-    with pytest.raises(ValueError, match="was made of something else: .*; make one that fits: ldm precompute") as caught:
+    with pytest.raises(ValueError, match=r"was made of something else: .*: ldm precompute") as caught:
         own.open(tmp_path / "cache") if by == "open" else own.write(tmp_path / "cache")
     named = set(re.findall(r"(?:else: |; )([a-z ]+) was ", str(caught.value)))
     # Weights of another type are other weights, too.
