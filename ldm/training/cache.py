@@ -102,6 +102,7 @@ class Encoding:
     ) -> None:
         self.samples, self.autoencoder, self.text_encoder, self.flip = samples, autoencoder, text_encoder, flip
         self.images, self.num_workers = FixedSet(samples, height, width, on_bad), num_workers
+        self._count = -(-len(samples) // PART)
 
     @cached_property
     def key(self) -> dict[str, str]:
@@ -154,15 +155,11 @@ class Encoding:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         missing = [name for name in map(_NAME.format, range(self._count)) if name not in there]
         if missing:
-            count = f"{len(missing)} of {self._count} parts are missing in {folder}, the first is {missing[0]}"
-            raise FileNotFoundError(f"{count}; make them with: ldm precompute ... output=CACHE")
+            what = f"{len(missing)} of {self._count} parts are missing in {folder}, the first is {missing[0]}"
+            raise FileNotFoundError(f"{what}; make them with: ldm precompute ... output=CACHE")
         read = partial(_open, folder, json.dumps(self.key))
         read(0)
         return LatentCache(read, PART)
-
-    @property
-    def _count(self) -> int:
-        return -(-len(self.samples) // PART)
 
     @torch.no_grad()
     def _compute(self, first: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

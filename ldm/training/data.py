@@ -75,12 +75,9 @@ class DataModule(pl.LightningDataModule):
         """What makes the cache of each of the two sets."""
         if self.random_crop:
             raise ValueError("data.random_crop=true needs images: set cache=false, or random_crop=false")
-        sets = {"train": (self.train, self.flip), "validation": (self._held_out(limit), False)}
-        how = (self.height, self.width)
-        return {
-            name: Encoding(samples, *encoders, *how, flip, self.on_bad, self.num_workers)
-            for name, (samples, flip) in sets.items()
-        }
+        sets = (("train", self.train, self.flip), ("validation", self._held_out(limit), False))
+        how = (self.on_bad, self.num_workers)
+        return {name: Encoding(each, *encoders, self.height, self.width, flip, *how) for name, each, flip in sets}
 
     def _held_out(self, limit: int) -> ShardDataset:
         every = max(1, len(self.validation) // limit)

@@ -63,7 +63,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------- the same as in memory and live
+# --------------------------------------------------------------------------------------- the same as in memory and live
 
 
 def test_a_folder_gives_what_memory_gives_to_the_bit(shapes: Path, model: LatentDiffusion, tmp_path: Path) -> None:
