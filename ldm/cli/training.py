@@ -208,7 +208,9 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
                 autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
             loss = instantiate(cfg.loss, _convert_="all")
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
-            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, cfg.ema_decay, cfg.seed, adversarial)
+            perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
+            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual)
+            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, *terms)
             encoders = None
         else:
             unet = instantiate(cfg.unet, _convert_="all")
