@@ -129,6 +129,7 @@ def test_no_prompt_and_an_empty_prompt_file_are_refused(tmp_path: Path, capsys: 
         (["optimizer._target_=os.system"], "is refused"),
         (["checkpoint.every=0"], "at least 1"),
         (["ema_decay=1", "cache=false"], "0 <= decay < 1"),
+        (["guard.active_units=2", "cache=false"], "active_units in [0, 1]"),
         (["stage=both"], "choose autoencoder or diffusion"),
         (["trainer.accelerator=quantum", "cache=false"], "quantum"),
     ],
@@ -199,7 +200,9 @@ def test_every_yaml_is_used_and_what_it_names_is_built(file: Path, monkeypatch: 
         cfg = compose("train", overrides=[*override, "output=somewhere"])
     check_targets(OmegaConf.to_container(cfg))
     assert (configs() / file).read_text().startswith("#"), "a config opens with what it is"
-    if group in ("autoencoder", "unet", "loss", "optimizer"):
+    if group == "perceptual":
+        assert instantiate(cfg[group], _convert_="all").weight == 1.0
+    elif group in ("autoencoder", "unet", "loss", "optimizer"):
         settings = {key: value for key, value in cfg[group].items() if key != "weights"}
         with torch.device("meta"):
             built = instantiate(settings, _convert_="all")

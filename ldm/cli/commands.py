@@ -99,12 +99,10 @@ def _account(drawn: Any, seconds: float) -> str:
     )
 
 
-def launch(name: str, devices: int, arguments: Sequence[str]) -> None:
-    """The same command in several processes, which share its pictures."""
-    rest = [argument for argument in arguments if not argument.startswith("devices=")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}",
-               "-m", "ldm.cli", name, *rest]  # fmt: skip
-    done = subprocess.run(command, check=False)
+def launch(command: str, devices: int, arguments: Sequence[str]) -> None:
+    """The same command in several processes, which share its work."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    done = subprocess.run([*torchrun, "-m", "ldm.cli", command, *arguments], check=False)
     if done.returncode:
         raise ValueError(f"one of {devices} processes failed; what they said is above")
 

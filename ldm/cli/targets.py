@@ -15,6 +15,7 @@ TARGETS = (
     "ldm.diffusion.Schedule",
     "ldm.training.data.DataModule",
     "ldm.training.optimizer.Optimizer",
+    "ldm.training.perceptual.Perceptual",
     "ldm.unet.UNet",
     "pytorch_lightning.loggers.CSVLogger",
     "pytorch_lightning.loggers.TensorBoardLogger",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.commands import launch
 from ldm.cli.settings import OVERRIDE, configs, stamp, value_of
 from ldm.cli.targets import check_targets
 from ldm.data.shards import write_atomically
@@ -97,6 +98,31 @@ def _report(cfg: Any, output: Path, outcome: Any) -> int:
     return 0
 
 
+def precompute(arguments: list[str]) -> None:
+    """``ldm precompute``; a process of several takes its share of the parts."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    cfg, resume = compose(arguments)
+    if resume is not None or cfg.stage != "diffusion" or not any(each.startswith("output=") for each in arguments):
+        raise ValueError("the rule is: ldm precompute [experiment=NAME] [key=value ...] output=CACHE, of a stage two")
+    for resolve in (False, True):
+        check_targets(OmegaConf.to_container(cfg, resolve=resolve), resolved=resolve)
+
+    from ldm.batch import ranks
+    from ldm.experiments.doctor import num_devices
+
+    rank, world = ranks()
+    data, folder = instantiate(cfg.data, _convert_="all"), Path(cfg.output)
+    if world == 1 and (devices := num_devices(dict(cfg.trainer))) > 1:
+        return launch("precompute", devices, arguments)
+    for name, encoding in data.encodings(_encoders(cfg), cfg.validation.images).items():
+        written, count = encoding.write(folder / name, rank, world), len(encoding.samples)
+        sys.stdout.write(f"process {rank}: {written} parts of {folder / name} made ({count:,} samples in all)\n")
+    if rank == 0:
+        sys.stdout.write(f"train from it with: cache={folder}\n")
+
+
 def rank() -> int:
     """This process's number among those of the training, as its launcher says: torchrun, SLURM, Lightning."""
     return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0"))
@@ -140,13 +166,24 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
     return cfg, run
 
 
+def _encoders(cfg: Any) -> tuple[Any, Any]:
+    """The frozen models of stage two, where the training will be, so that a cache is made there."""
+    import torch
+
+    from ldm.loading import load_autoencoder, load_text_encoder
+
+    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    return load_autoencoder(cfg.autoencoder.weights).to(device), load_text_encoder(cfg.text.weights).to(device)
+
+
 def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     """The module, the data and what else a training takes, from its config."""
     import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from ldm.loading import load_autoencoder, load_text_encoder
+    from ldm.loading import load_autoencoder
     from ldm.pipeline import Defaults, LatentDiffusion
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.diffusion import DiffusionTraining
@@ -161,6 +198,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     intervals = Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every)
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
+    folder = Path(cfg.cache) if isinstance(cfg.cache, str) else None
     module: AutoencoderTraining | DiffusionTraining
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
@@ -170,12 +208,13 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
                 autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
             loss = instantiate(cfg.loss, _convert_="all")
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
-            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, cfg.ema_decay, cfg.seed, adversarial)
+            perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
+            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual)
+            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, *terms)
             encoders = None
         else:
             unet = instantiate(cfg.unet, _convert_="all")
-            autoencoder = load_autoencoder(cfg.autoencoder.weights)
-            text_encoder = load_text_encoder(cfg.text.weights)
+            autoencoder, text_encoder = _encoders(cfg)
             defaults = Defaults(cfg.diffusion.grid, cfg.diffusion.guidance_scale, data.height, data.width)
             schedule = instantiate(cfg.diffusion.schedule, _convert_="all")
             model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, cfg.diffusion.prediction, defaults)
@@ -184,8 +223,8 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
 
                 unet.load_state_dict(load(cfg.init, device="cpu").unet.float().state_dict())
             module = DiffusionTraining(model, optimizer, cfg.caption_dropout, cfg.min_snr, cfg.ema_decay, cfg.seed)
-            encoders = (autoencoder, text_encoder) if cfg.cache and cached else None
-    data.prepare(cfg.seed, encoders, cfg.validation.images)
+            encoders = (autoencoder, text_encoder) if folder or (cfg.cache and cached) else None
+    data.prepare(cfg.seed, encoders, cfg.validation.images, folder)
     options = {
         "trainer": OmegaConf.to_container(cfg.trainer, resolve=True),
         "intervals": intervals,

@@ -14,9 +14,11 @@ from ldm.autoencoder import Adversarial, Autoencoder, CalibratedLoss
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.data import BadSample, ShardDataset, decode_image, to_tensor
+from ldm.evaluation.reconstruction import ACTIVE
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
+from ldm.training.perceptual import Perceptual
 
 SCALE_IMAGES = 512  # images over which the latent scale is measured; latents of 131,072 places a channel at 128×128
 
@@ -35,12 +37,20 @@ class AutoencoderTraining(pl.LightningModule):
         ema_decay: float = 0.999,
         seed: int = 0,
         adversarial: Adversarial | None = None,
+        perceptual: Perceptual | None = None,
     ) -> None:
         super().__init__()
         self.adversarial = adversarial
+        self._perceptual = [perceptual]  # in a list, so that no checkpoint keeps the frozen network
+        self._means: list[Tensor] = []  # of the posteriors of a validation
         self.autoencoder, self.loss = autoencoder.train().requires_grad_(True), loss
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
         self.ema = EMA(autoencoder, ema_decay)
+
+    def on_fit_start(self) -> None:
+        """The frozen network goes where the autoencoder is."""
+        if self._perceptual[0] is not None:
+            self._perceptual[0].to(self.device)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         """Encode → draw the latents → decode → loss → log."""
@@ -50,11 +60,14 @@ class AutoencoderTraining(pl.LightningModule):
         m = posterior.mean + posterior.std * noise
         reconstruction = self.autoencoder.decode_raw(m)
         parts = self.loss(x, reconstruction, posterior)
-        loss = parts.pop("loss")
+        loss, error = parts.pop("loss"), parts["nll"]
+        if self._perceptual[0] is not None:
+            parts["perceptual"] = self._perceptual[0](x, reconstruction)
+            loss, error = loss + parts["perceptual"], error + parts["perceptual"]
         if self.adversarial is not None:
             last = self.autoencoder.decoder[-1].weight
             assert isinstance(last, Tensor)
-            parts |= self.adversarial(x, reconstruction, parts["nll"], last, self.global_step, self._mean_over_ranks)
+            parts |= self.adversarial(x, reconstruction, error, last, self.global_step, self._mean_over_ranks)
             loss = loss + parts["generator"] + parts["discriminator"]
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return loss
@@ -63,7 +76,7 @@ class AutoencoderTraining(pl.LightningModule):
         return self.trainer.strategy.reduce(gradient, reduce_op="mean")
 
     def validation_step(self, batch: dict[str, Any]) -> None:
-        """PSNR of held-out images from the mode, raw and EMA; KL and loss."""
+        """PSNR of held-out images from the mode, raw and EMA; KL; what active units are told by."""
         x = batch["image"]
         for name, model in (("", self.autoencoder), ("_ema", self.ema.average)):
             assert isinstance(model, Autoencoder)
@@ -75,6 +88,14 @@ class AutoencoderTraining(pl.LightningModule):
             self.log(f"val/psnr{name}", psnr, prog_bar=name == "_ema", on_epoch=True, sync_dist=True, batch_size=len(x))
             kl = posterior.kl().mean() / posterior.mean[0].numel()
             self.log(f"val/kl_per_unit{name}", kl, on_epoch=True, sync_dist=True, batch_size=len(x))
+            if model is self.autoencoder:
+                self._means.append(posterior.mean.float().cpu())
+
+    def on_validation_epoch_end(self) -> None:
+        """The share of units whose posterior mean varies over the images (Burda et al., 1509.00519, §5.3)."""
+        means, self._means = torch.cat(self._means), []
+        if len(means) > 1:
+            self.log("val/active_units", (means.var(0, correction=0) > ACTIVE).float().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Adam over the autoencoder, the scale of its likelihood, and the discriminator."""

@@ -1,70 +1,62 @@
-"""What the frozen models make of the data, computed once and kept in memory: latents' posterior and text context."""
+"""What the frozen models make of the data, computed once: kept in memory, or in a folder by ``ldm precompute``.
+
+A part holds the samples of a range of numbers. In a folder it is a safetensors file that is mapped, not read: memory
+holds pages that the system may drop, and the headers of the last few parts, of a cache of any size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.autoencoder import Autoencoder
 from ldm.data import BadSample, FixedSet, ShardDataset, TrainingSet, captions
 from ldm.data.sets import first_good
+from ldm.data.shards import write_atomically
 from ldm.text import TextEncoder
+from ldm.text.encoder import MAX_TOKENS
+
+PART = 1024  # samples a file: half a gigabyte at 512×512, and what a killed run does again
+AGAIN = "make it again with the same ldm precompute"
+_NAME = "part-{:06d}.safetensors"
 
 
-class LatentCache:
-    """Posterior of every image (and of its mirror image where asked for) and context of every caption variant.
+class Part(NamedTuple):
+    """Some samples: of every image (and its mirror image) the posterior, of every caption variant the context.
 
     The mean and the standard deviation are kept, not a sample, so that training from here draws the latents anew
     each time, as it does from images.
     """
 
-    def __init__(
-        self,
-        samples: ShardDataset,
-        autoencoder: Autoencoder,
-        text_encoder: TextEncoder,
-        height: int,  # pixels
-        width: int,  # pixels
-        flip: bool,  # mirror images too
-        on_bad: str = "error",  # "skip": a sample that cannot be read is remembered as such
-    ) -> None:
-        device = next(autoencoder.parameters()).device
-        images = DataLoader(FixedSet(samples, height, width, on_bad), batch_size=32)
-        self.bad: set[int] = set()
-        #: (n, flips, 2, 4, h/8, w/8): the mean and the standard deviation
-        moments = []
-        for batch in tqdm(images, desc="encoding images", unit="batch", disable=None, leave=False):
-            self.bad |= set(batch["position"][batch["substituted"] > 0].tolist())
-            both = [batch["image"], batch["image"].flip(-1)] if flip else [batch["image"]]
-            rows = []
-            for x in both:
-                with torch.no_grad():
-                    posterior = autoencoder.posterior(x.to(device))
-                rows.append(torch.stack([posterior.mean, posterior.std], dim=1).cpu())
-            moments.append(torch.stack(rows, dim=1))
-        self.moments = torch.cat(moments)
-        self.variants = [[] if i in self.bad else captions(samples[i]) for i in range(len(samples))]
-        distinct = sorted({caption for some in self.variants for caption in some}, key=lambda c: (len(c), c))
-        self._row = {caption: i for i, caption in enumerate(distinct)}
-        self._context: list[torch.Tensor] = []
-        for chunk in tqdm(_chunks(distinct, 64), desc="encoding captions", disable=None, leave=False):
-            tokens = text_encoder.tokenize(chunk)
-            context = text_encoder.encode(tokens).cpu()
-            # MiniLM's context is zero past a caption's own tokens: those zeros are not stored.
-            keep = tokens.lengths.tolist() if text_encoder.family == "minilm" else [context.shape[1]] * len(chunk)
-            self._context += [context[i, :length].clone() for i, length in enumerate(keep)]
-        self._shape = tuple(context.shape[1:])
+    name: str  # its file
+    samples: list[tuple[str, list[int]]]  # key, and of each caption variant which context; none if it cannot be read
+    checksums: dict[str, int]  # CRC-32 of each tensor
+    tensor: Callable[[str], Tensor]  # "moments ROW FLIP" (2, 4, h/8, w/8), "context WHICH" (tokens, d)
 
-    def context(self, caption: str) -> torch.Tensor:
-        """Context of a caption, shape (77, d)."""
-        stored = self._context[self._row[caption]]
-        padded = torch.zeros(self._shape, dtype=stored.dtype)
-        padded[: len(stored)] = stored
-        return padded
+    def checked(self, name: str) -> Tensor:
+        """A tensor, if it is what was written."""
+        tensor = self.tensor(name)
+        if _checksum(tensor) != self.checksums[name]:
+            raise OSError(f"{self.name} is damaged ({name} is not what was written): delete it, {AGAIN}")
+        return tensor
+
+
+class LatentCache(NamedTuple):
+    """Parts by number, and how many samples each of them has."""
+
+    part: Callable[[int], Part]
+    size: int
 
 
 class CachedSet(Dataset[dict[str, Any]]):
@@ -80,17 +72,151 @@ class CachedSet(Dataset[dict[str, Any]]):
         """``moments`` (2, 4, h/8, w/8), ``context`` (77, d), ``key``, ``position``, ``substituted``."""
 
         def read(number: int) -> dict[str, Any]:
-            key, variants, variant, flip = self.items.samples.keys[number], self.cache.variants[number], 0, False
-            if number in self.cache.bad:
+            part, row = self.cache.part(number // self.cache.size), number % self.cache.size
+            (key, contexts), variant, flip = part.samples[row], 0, False
+            if not contexts:
                 raise BadSample(f"{key} could not be read when the cache was made")
             if isinstance(self.items, TrainingSet):
-                choice = self.items.choose(position, len(variants))
+                choice = self.items.choose(position, len(contexts))
                 variant, flip = choice.variant, choice.flip
-            moments, context = self.cache.moments[number, int(flip)], self.cache.context(variants[variant])
-            return {"moments": moments, "context": context, "key": key, "position": position}
+            moments, context = part.checked(f"moments {row} {int(flip)}"), part.checked(f"context {contexts[variant]}")
+            padded = torch.cat([context, context.new_zeros(MAX_TOKENS - len(context), context.shape[1])])
+            return {"moments": moments, "context": padded, "key": key, "position": position}
 
         return first_good(self.items.candidates(position), read)
 
 
-def _chunks(items: Sequence[str], size: int) -> Iterable[Sequence[str]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+class Encoding:
+    """Makes the cache of a data set, or opens one that was made of the same."""
+
+    def __init__(
+        self,
+        samples: ShardDataset,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        height: int,  # pixels
+        width: int,  # pixels
+        flip: bool,  # mirror images too
+        on_bad: str = "error",  # "skip": a sample that cannot be read is remembered as such
+        num_workers: int = 0,  # processes that read images
+    ) -> None:
+        self.samples, self.autoencoder, self.text_encoder, self.flip = samples, autoencoder, text_encoder, flip
+        self.images, self.num_workers = FixedSet(samples, height, width, on_bad), num_workers
+        self._count = -(-len(samples) // PART)
+
+    @cached_property
+    def key(self) -> dict[str, str]:
+        """What decides the values, by name, so that a stale cache can say which of it differs.
+
+        The autoencoder's decoder and latent scale do not count. The data's hash is over keys, images and captions.
+        """
+        encoder, tower = nn.ModuleList([self.autoencoder.encoder, self.autoencoder.to_moments]), self.text_encoder
+        return {
+            "format": "1",
+            "data": self.samples.index_hash[:16],
+            "size": f"{self.images.height}×{self.images.width}, cropped at the centre",
+            "flip": str(self.flip).lower(),
+            "precision": f"{next(encoder.parameters()).dtype}, {next(tower.parameters()).dtype}",
+            "autoencoder": _fingerprint(encoder, self.autoencoder.arguments),
+            "text tower": _fingerprint(tower, {**tower.arguments, "tokenizer": tower.tokenizer_json}),
+        }
+
+    def in_memory(self) -> LatentCache:
+        """All of it, as one part."""
+        tensors, about = self._compute(0, len(self.samples))
+        part = Part("the cache in memory", about["samples"], about["checksums"], tensors.__getitem__)
+        return LatentCache([part].__getitem__, len(self.samples))
+
+    def write(self, folder: Path, rank: int = 0, world: int = 1) -> int:
+        """Write every ``world``-th part that is not there yet, whole or not at all; returns how many those were.
+
+        Raises:
+            ValueError: if a part is there that was made of something else, naming what.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        written = 0
+        for number in range(rank, self._count, world):
+            try:
+                _open(folder, json.dumps(self.key), number)
+            except OSError:  # it is not there, or damaged
+                tensors, about = self._compute(number * PART, min(number * PART + PART, len(self.samples)))
+                content = safetensors.torch.save(tensors, {"part": json.dumps(about)})
+                write_atomically(folder / _NAME.format(number), content)
+                written += 1
+        return written
+
+    def open(self, folder: Path) -> LatentCache:
+        """What :meth:`write` left in a folder; a part is looked into when it is first needed.
+
+        Raises:
+            OSError: if a part is missing, or the first damaged.
+            ValueError: if it was made of something else, naming what.
+        """
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        missing = [name for name in map(_NAME.format, range(self._count)) if name not in there]
+        if missing:
+            what = f"{len(missing)} of {self._count} parts are missing in {folder}, the first is {missing[0]}"
+            raise FileNotFoundError(f"{what}; make them with: ldm precompute ... output=CACHE")
+        read = partial(_open, folder, json.dumps(self.key))
+        read(0)
+        return LatentCache(read, PART)
+
+    @torch.no_grad()
+    def _compute(self, first: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors of a part, and what is said of them; its batches are the same whoever makes it."""
+        device, tensors, bad = next(self.autoencoder.parameters()).device, {}, set()
+        reader = DataLoader(self.images, 32, sampler=range(first, stop), num_workers=self.num_workers)
+        for batch in tqdm(reader, desc="encoding images", unit="batch", disable=None, leave=False):
+            bad |= set(batch["position"][batch["substituted"] > 0].tolist())
+            for flip in range(1 + self.flip):
+                x = batch["image"].flip(-1) if flip else batch["image"]
+                posterior = self.autoencoder.posterior(x.to(device))
+                moments = torch.stack([posterior.mean, posterior.std], dim=1).cpu()  # (n, 2, 4, h/8, w/8)
+                for number, row in zip(batch["position"].tolist(), moments, strict=True):
+                    tensors[f"moments {number - first} {flip}"] = row.clone()
+        samples = self.samples.subset(range(first, stop))
+        texts = [[] if first + row in bad else captions(samples[row]) for row in range(len(samples))]
+        distinct = sorted({text for some in texts for text in some}, key=lambda text: (len(text), text))
+        for start in tqdm(range(0, len(distinct), 64), desc="encoding captions", disable=None, leave=False):
+            tokens = self.text_encoder.tokenize(distinct[start : start + 64])
+            context = self.text_encoder.encode(tokens).cpu()
+            for row, length in enumerate(tokens.lengths.tolist()):
+                # MiniLM's context is zero past a caption's own tokens: those zeros are not stored.
+                own = context[row, :length] if self.text_encoder.family == "minilm" else context[row]
+                tensors[f"context {start + row}"] = own.clone()
+        which = {text: number for number, text in enumerate(distinct)}
+        return tensors, {
+            "key": self.key,
+            "samples": [(key, [which[text] for text in some]) for key, some in zip(samples.keys, texts, strict=True)],
+            "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+        }
+
+
+@lru_cache(maxsize=128)
+def _open(folder: Path, key: str, number: int) -> Part:
+    """A part of a folder, mapped; OSError if it is not there or damaged, ValueError if it is made of something else."""
+    path = folder / _NAME.format(number)
+    try:
+        file = safetensors.safe_open(path, "pt")
+        about = json.loads((file.metadata() or {})["part"])
+        was, part = about["key"], Part(str(path), about["samples"], about["checksums"], file.get_tensor)
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise OSError(f"{path} is missing or damaged ({error}): {AGAIN}") from error
+    other = [f"{name} was {was.get(name)}, now {now}" for name, now in json.loads(key).items() if was.get(name) != now]
+    if other:
+        said = f"{path} was made of something else: {'; '.join(other)}"
+        raise ValueError(f"{said}; make one that fits: ldm precompute ... output=ANOTHER")
+    return part
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.view(torch.uint8).numpy().data)
+
+
+def _fingerprint(module: nn.Module, arguments: dict[str, Any]) -> str:
+    """16 hexadecimal digits over a module's arguments and its weights."""
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode())
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

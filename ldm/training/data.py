@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ from ldm.autoencoder import Autoencoder
 from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
 from ldm.data.sets import check_policy
 from ldm.text import TextEncoder
-from ldm.training.cache import CachedSet, LatentCache
+from ldm.training.cache import CachedSet, Encoding
 from ldm.training.checkpointing import no_pickle
 from ldm.training.guard import ignore_signals
 
@@ -45,24 +46,42 @@ class DataModule(pl.LightningDataModule):
         self.train_set: Dataset[dict[str, Any]] | None = None
         self.validation_set: Dataset[dict[str, Any]] | None = None
 
-    def prepare(self, seed: int, encoders: tuple[Autoencoder, TextEncoder] | None = None, limit: int = 64) -> None:
-        """Fix the seed, and with ``encoders`` compute the cache; ``limit`` caps the validation images, None does not.
+    def prepare(
+        self,
+        seed: int,
+        encoders: tuple[Autoencoder, TextEncoder] | None = None,  # the frozen models: train from what they make
+        limit: int = 64,  # validation images
+        folder: Path | None = None,  # of ``ldm precompute``; None computes it now, into memory
+    ) -> None:
+        """Fix the seed, and with ``encoders`` take the place of images and captions by the cache.
 
         Raises:
-            ValueError: if a cache is asked for with random crops.
+            ValueError: if a cache is asked for with random crops, or is stale.
+            OSError: if it is not complete, or damaged.
         """
         self.seed = seed
-        every = max(1, len(self.validation) // limit)
-        validation = self.validation.subset(range(0, len(self.validation), every)[:limit])
         size = (self.height, self.width)
         train = TrainingSet(self.train, seed, *size, self.flip, self.random_crop, self.on_bad, self.window)
-        fixed = FixedSet(validation, *size, self.on_bad)
+        fixed = FixedSet(self._held_out(limit), *size, self.on_bad)
         self.train_set, self.validation_set = train, fixed
         if encoders is not None:
-            if self.random_crop:
-                raise ValueError("data.random_crop=true needs images: set cache=false, or random_crop=false")
-            self.train_set = CachedSet(train, LatentCache(self.train, *encoders, *size, self.flip, self.on_bad))
-            self.validation_set = CachedSet(fixed, LatentCache(validation, *encoders, *size, False, self.on_bad))
+            made = {
+                name: encoding.in_memory() if folder is None else encoding.open(folder / name)
+                for name, encoding in self.encodings(encoders, limit).items()
+            }
+            self.train_set, self.validation_set = CachedSet(train, made["train"]), CachedSet(fixed, made["validation"])
+
+    def encodings(self, encoders: tuple[Autoencoder, TextEncoder], limit: int) -> dict[str, Encoding]:
+        """What makes the cache of each of the two sets."""
+        if self.random_crop:
+            raise ValueError("data.random_crop=true needs images: set cache=false, or random_crop=false")
+        sets = (("train", self.train, self.flip), ("validation", self._held_out(limit), False))
+        how = (self.on_bad, self.num_workers)
+        return {name: Encoding(each, *encoders, self.height, self.width, flip, *how) for name, each, flip in sets}
+
+    def _held_out(self, limit: int) -> ShardDataset:
+        every = max(1, len(self.validation) // limit)
+        return self.validation.subset(range(0, len(self.validation), every)[:limit])
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """From the trainer's own step on, so that a resumed run goes on where it stopped."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,10 @@ _MEMORY = 0.98  # of the running mean and variance of the loss
 _LEAST = 50  # steps before a spike can be told
 
 
+class PosteriorCollapse(UserWarning):
+    """Almost no unit of the latents varies over the validation images."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a training stops by itself.
@@ -28,15 +33,18 @@ class Limits:
         nonfinite: steps in a row with a loss or a gradient that is not finite; each is skipped.
         substituted: share of the samples that ``data.on_bad=skip`` may replace, once there were a hundred.
         spike: a loss so many standard deviations above its running mean is logged with the keys of its samples.
+        active_units: of stage one: share of latent units below which a validation warns of a collapsed posterior.
     """
 
     nonfinite: int = 5
     substituted: float = 0.01
     spike: float = 6.0
+    active_units: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.nonfinite < 1 or not 0.0 <= self.substituted <= 1.0 or not self.spike > 0.0:
-            raise ValueError(f"{self}: the rule is nonfinite >= 1, 0 <= substituted <= 1, spike > 0")
+        shares = all(0.0 <= share <= 1.0 for share in (self.substituted, self.active_units))
+        if self.nonfinite < 1 or not shares or not self.spike > 0.0:
+            raise ValueError(f"{self}: the rule is nonfinite >= 1, spike > 0, substituted and active_units in [0, 1]")
 
 
 class Guard(pl.Callback):
@@ -154,7 +162,17 @@ class Guard(pl.Callback):
                 f"guard.substituted={self.limits.substituted:g}; check the shards with: ldm index"
             )
 
-    def _event(self, trainer: pl.Trainer, name: str, loss: float) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say that the latents no longer tell images apart."""
+        share = float(trainer.callback_metrics.get("val/active_units", 1.0))
+        if share < self.limits.active_units:
+            self._event(trainer, "collapse", share, "active_units")
+            rule = f"fewer than guard.active_units={self.limits.active_units:g}: the posterior collapses"
+            said = f"step {trainer.global_step}: {share:.1%} of the latent units are active, {rule}; lower loss.beta"
+            if trainer.is_global_zero:
+                warnings.warn(said, PosteriorCollapse, stacklevel=2)
+
+    def _event(self, trainer: pl.Trainer, name: str, value: float, what: str = "loss") -> None:
         """Write down a step and its samples; every rank calls this at the same step."""
         every: list[Any] = [self._keys]
         if self._group is not None:
@@ -162,7 +180,7 @@ class Guard(pl.Callback):
             dist.all_gather_object(every, self._keys, group=self._group)
         self._last_keys: list[str] = [key for keys in every for key in keys]
         if trainer.is_global_zero:
-            line = {"step": trainer.global_step, "event": name, "loss": str(loss), "keys": self._last_keys}
+            line = {"step": trainer.global_step, "event": name, what: str(value), "keys": self._last_keys}
             with open(self.run / "events.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

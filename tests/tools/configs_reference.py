@@ -26,6 +26,7 @@ ABOUT = {
     "diffusion": "The schedule, what the UNet predicts, and what the model recommends to who samples from it.",
     "loss": "The loss of stage one. That of stage two is `min_snr` in `train.yaml`.",
     "adversarial": "Stage one: a discriminator beside the likelihood; none by default.",
+    "perceptual": "Stage one: a perceptual distance beside the likelihood; none by default.",
     "optimizer": "The optimiser of either stage.",
     "data": "What is trained and validated on.",
     "trainer": "Where and how long: arguments of Lightning's `Trainer`; others are added with `+trainer.name=value`.",

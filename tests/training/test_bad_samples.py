@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data import BadSample, FixedSet, ShardDataset, TrainingSet, write_shard
 from ldm.pipeline import LatentDiffusion
-from ldm.training.cache import CachedSet, LatentCache
+from ldm.training.cache import CachedSet, Encoding, LatentCache
 from ldm.training.data import DataModule
 
 
@@ -27,9 +27,16 @@ def spoilt(shapes: Path, tmp_path: Path) -> ShardDataset:
     return ShardDataset(tmp_path / "spoilt.tar")
 
 
-def test_the_cache_substitutes_as_images_do(spoilt: ShardDataset, model: LatentDiffusion) -> None:
-    cache = LatentCache(spoilt, model.autoencoder, model.text_encoder, 32, 32, True, "skip")
-    assert cache.bad == {3, 10}
+@pytest.fixture(params=["memory", "folder"])
+def cache(request: pytest.FixtureRequest, spoilt: ShardDataset, model: LatentDiffusion, tmp_path: Path) -> LatentCache:
+    made = Encoding(spoilt, model.autoencoder, model.text_encoder, 32, 32, True, "skip")
+    if request.param == "memory":
+        return made.in_memory()
+    made.write(tmp_path / "cache")
+    return made.open(tmp_path / "cache")
+
+
+def test_the_cache_substitutes_as_images_do(spoilt: ShardDataset, model: LatentDiffusion, cache: LatentCache) -> None:
     for live in (TrainingSet(spoilt, 5, 32, 32, flip=True, on_bad="skip"), FixedSet(spoilt, 32, 32, "skip")):
         cached = CachedSet(live, cache)
         substituted = 0
@@ -45,9 +52,16 @@ def test_the_cache_substitutes_as_images_do(spoilt: ShardDataset, model: LatentD
         assert substituted == 2
 
 
+def test_a_training_that_skips_nothing_ends_at_what_the_cache_skipped(spoilt: ShardDataset, cache: LatentCache) -> None:
+    strict = CachedSet(FixedSet(spoilt, 32, 32), cache)
+    assert strict[2]["key"] == "0002"
+    with pytest.raises(BadSample, match="0003 could not be read when the cache was made"):
+        strict[3]
+
+
 def test_under_error_the_cache_is_not_made(spoilt: ShardDataset, model: LatentDiffusion) -> None:
     with pytest.raises(BadSample, match="0003"):
-        LatentCache(spoilt, model.autoencoder, model.text_encoder, 32, 32, False)
+        Encoding(spoilt, model.autoencoder, model.text_encoder, 32, 32, False).in_memory()
 
 
 def test_the_data_module_passes_policy_and_count_on(spoilt: ShardDataset) -> None:
