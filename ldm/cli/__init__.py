@@ -12,7 +12,7 @@ from typing import Any
 from ldm.cli.commands import convert, index, pack, sample
 from ldm.cli.help import help_of
 from ldm.cli.research import evaluate, reproduce
-from ldm.cli.training import doctor, train
+from ldm.cli.training import doctor, plan, train
 
 Command = Callable[[list[str]], int | None]  # returns the exit code; None is 0
 
@@ -22,7 +22,7 @@ __all__ = ["door", "main", "sample", "train"]
 def main(argv: Sequence[str] | None = None) -> int:
     """``ldm COMMAND …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    known: tuple[Command, ...] = (train, sample, evaluate, reproduce, doctor, pack, index, convert)
+    known: tuple[Command, ...] = (train, sample, evaluate, reproduce, doctor, plan, pack, index, convert)
     commands = {command.__name__: command for command in known}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(help_of("ldm"))

@@ -106,6 +106,50 @@ def doctor(arguments: list[str]) -> int:
     return 2 if any(finding.level == "error" for finding in found) else 0
 
 
+def plan(arguments: list[str]) -> None:
+    """``ldm plan``."""
+    import torch
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from ldm.experiments import plan as planning
+    from ldm.experiments.doctor import num_devices
+    from ldm.training.speed import Layout, on_gpu, resolve_precision
+
+    own = {"on": "here", "price": "0", **dict(a.split("=", 1) for a in arguments if a.startswith(("price=", "on=")))}
+    cfg, _ = compose([argument for argument in arguments if not argument.startswith(("price=", "on="))])
+    check_targets(OmegaConf.to_container(cfg))
+    price, here, size = value_of("price", own["price"]), own["on"] == "here", (cfg.data.height, cfg.data.width)
+    if not isinstance(price, int | float) or not price >= 0:
+        raise ValueError(f"price={price} must be a number, at least 0: of a device an hour")
+    trainer: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    trainer["precision"] = resolve_precision(trainer["precision"], trainer["accelerator"]) if here else "bf16-mixed"
+    layout, frozen, encode = Layout.of(trainer), 0, 0.0
+    with torch.device("meta"):
+        network = instantiate({k: cfg.autoencoder[k] for k in cfg.autoencoder if k != "weights"}, _convert_="all")
+        if cfg.stage == "diffusion":
+            frozen = sum(p.numel() for p in network.parameters()) + planning.TOWERS.get(cfg.unet.context_dim, 0)
+            if not cfg.cache:
+                encode = planning.flops(lambda: network.posterior(torch.randn(1, 3, *size)))
+            network = instantiate(cfg.unet, _convert_="all")
+            network.gradient_checkpointing = layout.checkpointing
+    device = planning.published(own["on"], *size) if not here else planning.probe(
+        cfg.stage, trainer["precision"], layout, torch.device("cuda" if on_gpu(trainer["accelerator"]) else "cpu")
+    )  # fmt: skip
+    steps, batch, devices = trainer["max_steps"], cfg.data.batch_size, num_devices(trainer)
+    work, memory, seconds = planning.Training(
+        network, frozen, encode, size, batch, devices, trainer["accumulate_grad_batches"], trainer["strategy"] == "fsdp"
+    ).on(device)
+    hours, parts = steps * seconds / 3600, ", ".join(f"{name} {part / 1e9:.2f}" for name, part in memory.items())
+    sys.stdout.write(
+        f"{sum(p.numel() for p in network.parameters()):,} parameters, {work / 1e9:,.1f} GFLOP an image\n"
+        f"memory a device: {sum(memory.values()) / 1e9:.2f} GB ({parts})\n"
+        f"speed: {batch / seconds:,.1f} images/s on {devices} devices in {trainer['precision']}, {device.source}\n"
+        f"{steps:,} steps of {batch:,}: {hours:,.1f} hours ({hours / 24:,.1f} days), {hours * devices:,.1f} of devices"
+        f"{f', cost {price * hours * devices:,.2f}' if price else ''}\n"
+    )
+
+
 def _report(cfg: Any, output: Path, outcome: Any) -> int:
     """Say how a training ended; returns the exit code."""
     if outcome.fault is not None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning.strategies import DDPStrategy
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -19,8 +18,8 @@ from ldm.unet.unet import Block
 class Sharded(DDPStrategy):
     """Lightning's DDP with torch's ``fully_shard`` (FSDP2) in the place of its wrapper.
 
-    Lightning's own FSDP strategies refuse CPUs, or write their checkpoints past a ``CheckpointIO``. From here the
-    checkpoints are gathered, and are those of one process: they open anywhere, and go on with any number of devices.
+    Lightning's own FSDP strategies refuse CPUs, or write past a ``CheckpointIO``. From here checkpoints are gathered:
+    they are those of one process, open anywhere, and go on with any number of devices.
     """
 
     def configure_ddp(self) -> None:
@@ -29,18 +28,14 @@ class Sharded(DDPStrategy):
         if not isinstance(trained, UNet):
             raise ValueError("trainer=fsdp is for the UNet of stage two; train the autoencoder with trainer=ddp")
         for unet in (trained, self.lightning_module.ema.average):  # type: ignore[union-attr]
-            for block in unet.modules():
-                if isinstance(block, Block):
-                    fully_shard(block)
+            for block in (m for m in unet.modules() if isinstance(m, Block)):  # type: ignore[union-attr]
+                fully_shard(block)
             fully_shard(unet, reshard_after_forward=True)  # the average has no backward pass, which would do it
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gathered."""
-        assert self.lightning_module is not None
-        return whole(self.lightning_module.state_dict())
+        return whole(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Gathered."""
         return whole(super().optimizer_state(optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -63,12 +58,10 @@ def whole(tree: Any) -> Any:
 def gathered(contents: Contents) -> Contents:
     """What a checkpoint holds, as it would be in one process; all ranks must call it."""
     for name, module in contents.components.items():
-        if any(isinstance(p, DTensor) for p in module.parameters()):
-            assert isinstance(module, UNet)
+        if isinstance(module, UNet) and type(module) is not UNet:  # fully_shard has put a class of its own over it
             with torch.device("meta"):
-                plain: nn.Module = UNet(**module.arguments)
-            plain.load_state_dict(whole(dict(module.state_dict())), assign=True)
-            contents.components[name] = plain
+                contents.components[name] = UNet(**module.arguments)
+            contents.components[name].load_state_dict(whole(dict(module.state_dict())), assign=True)
     contents.raw = {name: whole(dict(weights)) for name, weights in contents.raw.items()}
     return contents
 

@@ -13,20 +13,16 @@ from ldm import precision
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.diffusion import DiffusionTraining
 
-_PRECISIONS = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}  # of ldm.precision → Lightning's
+_LIGHTNING = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}  # names of ldm.precision → of Lightning
 
 
 def resolve_precision(name: str, accelerator: str) -> str:
-    """Lightning's name of a number format. ``auto`` is half the width where that is the faster one here.
-
-    On a CPU that takes a bfloat16 product 1.5 times as fast as a float32 one, which is measured; the processes that a
-    first one starts take over what it has measured.
-    """
+    """Lightning's name of a number format; ``auto`` is the faster one here, measured once for all processes."""
     if name != "auto":
         return name
-    if "LDM_PRECISION" not in os.environ:
+    if "LDM_PRECISION" not in os.environ:  # which the processes that Lightning starts later inherit
         device = torch.device("cuda" if on_gpu(accelerator) else "cpu")
-        os.environ["LDM_PRECISION"] = _PRECISIONS.get(precision.choose("auto", device), "32-true")
+        os.environ["LDM_PRECISION"] = _LIGHTNING.get(precision.choose("auto", device), "32-true")
     return os.environ["LDM_PRECISION"]
 
 
@@ -37,13 +33,7 @@ def on_gpu(accelerator: str) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the trained network is laid out and run.
-
-    Attributes:
-        channels_last: memory format of the UNet.
-        checkpointing: its blocks compute their inner values again in the backward pass: a third more work.
-        compile: by ``torch.compile``.
-    """
+    """How the trained network is run: memory format of the UNet, its blocks computed twice to save memory, compiled."""
 
     channels_last: bool
     checkpointing: bool
@@ -53,47 +43,36 @@ class Layout:
     def of(trainer: Mapping[str, Any]) -> Layout:
         """What the settings of a trainer ask for; ``auto`` is what was the fastest, docs/scale.md says where.
 
-        In bfloat16 a CPU's group norm takes ten times as long over channels-last as over plain memory. Compilation
-        brings a CPU 2 % for minutes of waiting.
+        A CPU's group norm in bfloat16 takes ten times as long over channels-last; compilation brings a CPU 2 %.
 
         Raises:
             ValueError: for a value that is none of true, false, auto, and for channels-last of a sharded UNet.
         """
         gpu, sharded = on_gpu(trainer["accelerator"]), trainer.get("strategy") == "fsdp"
-        automatic = {
-            "channels_last": (gpu or trainer["precision"] == "32-true") and not sharded,
-            "checkpointing": False,
-            "compile": gpu and not sharded,
-        }
-        chosen = {}
-        for key, best in automatic.items():
-            value = trainer.get(key, "auto")
+        full = trainer["precision"] == "32-true"
+        auto = {"channels_last": (gpu or full) and not sharded, "checkpointing": False, "compile": gpu and not sharded}
+        asked = {key: trainer.get(key, "auto") for key in auto}
+        for key, value in asked.items():
             if value not in (True, False, "auto"):
                 raise ValueError(f"trainer.{key}={value} is unknown; choose true, false or auto")
-            chosen[key] = best if value == "auto" else value
-        if chosen["channels_last"] and sharded:
+        if sharded and asked["channels_last"] is True:
             raise ValueError("trainer.channels_last=true: FSDP shards plain memory alone; leave it at auto")
-        return Layout(**chosen)
+        return Layout(**{key: auto[key] if value == "auto" else value for key, value in asked.items()})
 
     def __str__(self) -> str:
-        names = [name.replace("_", "-") for name, on in vars(self).items() if on]
-        return " and ".join(names) or "plain layout"
+        return " and ".join(name.replace("_", "-") for name, on in vars(self).items() if on) or "plain layout"
 
     def apply(self, module: AutoencoderTraining | DiffusionTraining) -> None:
-        """Prepare a module for training. The autoencoder keeps its layout, and is no more than compiled.
-
-        Raises:
-            ValueError: if checkpointing is asked for in stage one.
-        """
-        if isinstance(module, DiffusionTraining):
+        """Prepare a module for training; an autoencoder is compiled at most (ValueError for checkpointing)."""
+        if isinstance(module, AutoencoderTraining):
+            if self.checkpointing:
+                raise ValueError("trainer.checkpointing=true is for the UNet of stage two; leave it out")
+            parts: list[torch.nn.Module] = [module.autoencoder.encoder, module.autoencoder.decoder]
+        else:
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             for network in (module.unet, module.ema.average):
                 network.to(memory_format=layout)  # type: ignore[call-overload]
             module.unet.gradient_checkpointing = self.checkpointing
-            parts: list[torch.nn.Module] = [module.unet]
-        else:
-            if self.checkpointing:
-                raise ValueError("trainer.checkpointing=true is for the UNet of stage two; leave it out")
-            parts = [module.autoencoder.encoder, module.autoencoder.decoder]
+            parts = [module.unet]
         for part in parts if self.compile else []:
             part.compile()
