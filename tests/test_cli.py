@@ -218,13 +218,17 @@ def test_every_yaml_is_used_and_what_it_names_is_built(file: Path, monkeypatch: 
         import pytorch_lightning as pl
 
         from ldm.training.run import _strategy
+        from ldm.training.speed import Layout, resolve_precision
 
         settings = OmegaConf.to_container(cfg.trainer)  # type: ignore[assignment]
+        settings["precision"] = resolve_precision(settings["precision"], "cpu")
+        Layout.of(settings)
         pl.Trainer(
             **{
                 **_strategy(settings),
                 "accelerator": "cpu",
                 "devices": 1,
+                "num_nodes": 1,
                 "logger": False,
                 "enable_checkpointing": False,
             }

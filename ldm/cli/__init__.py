@@ -13,7 +13,7 @@ from ldm.cli.ablation import ablate
 from ldm.cli.commands import convert, index, pack, sample
 from ldm.cli.help import help_of
 from ldm.cli.research import evaluate, reproduce
-from ldm.cli.training import doctor, precompute, train
+from ldm.cli.training import doctor, plan, precompute, train
 
 Command = Callable[[list[str]], int | None]  # returns the exit code; None is 0
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``ldm COMMAND …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     known: tuple[Command, ...] = (
-        train, sample, evaluate, ablate, reproduce, doctor, pack, index, precompute, convert,
+        train, sample, evaluate, ablate, reproduce, doctor, plan, pack, index, precompute, convert,
     )  # fmt: skip
     commands = {command.__name__: command for command in known}
     if not arguments or arguments[0] in ("-h", "--help", "help"):

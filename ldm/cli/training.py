@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +18,9 @@ from ldm.cli.targets import check_targets
 from ldm.data.shards import write_atomically
 
 _SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerator", "trainer.num_nodes",
-                      "trainer.timeout", "trainer.accumulate_grad_batches", "data.num_workers", "checkpoint.",
-                      "validation.", "samples.")  # fmt: skip
+                      "trainer.timeout", "trainer.accumulate_grad_batches", "trainer.strategy", "trainer.channels_last",
+                      "trainer.checkpointing", "trainer.compile", "data.num_workers", "checkpoint.", "validation.",
+                      "samples.")  # fmt: skip
 STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
 
 
@@ -31,11 +34,16 @@ def train(arguments: list[str]) -> int:
     if first and resume is None and (output / "checkpoints").exists():
         raise ValueError(f"output={output} holds a run already; go on with it by resume={output}, or name another")
 
+    if cfg.trainer.get("slurm") is not None and "SLURM_JOB_ID" not in os.environ:
+        return submit(cfg, arguments)
+
     from ldm import checkpoint
     from ldm.experiments.doctor import quick
     from ldm.provenance import environment
     from ldm.training.run import fit
+    from ldm.training.speed import Layout, resolve_precision
 
+    cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     module, data, options = build(cfg)
     found = list(quick(module, data, options["trainer"], options["intervals"], output))
     for finding in found:
@@ -51,7 +59,8 @@ def train(arguments: list[str]) -> int:
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         sys.stdout.write(
             f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
-            f"{cfg.trainer.max_steps} steps of {cfg.data.batch_size} on {cfg.trainer.accelerator}\n"
+            f"{cfg.trainer.max_steps} steps of {cfg.data.batch_size} on {cfg.trainer.accelerator} in "
+            f"{cfg.trainer.precision}, {Layout.of(options['trainer'])}\n"
             f"results in {output}: checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C saves and stops.\n"
         )
         sys.stdout.flush()
@@ -59,6 +68,26 @@ def train(arguments: list[str]) -> int:
     outcome = fit(module, data, output, resume=folder, **options)
     # A launcher takes a process that ends with another code than 0 for a failure, and kills the first, which reports.
     return _report(cfg, output, outcome) if first else 0
+
+
+def submit(cfg: Any, arguments: Sequence[str]) -> int:
+    """Hand the same command to SLURM, which runs it once a device; ``trainer.slurm`` are options of ``sbatch``."""
+    nodes, devices, output = cfg.trainer.get("num_nodes", 1), cfg.trainer.devices, Path(cfg.output)
+    output.mkdir(parents=True, exist_ok=True)
+    given = [argument for argument in arguments if not argument.startswith("output=")]
+    own = [] if any(argument.startswith("resume=") for argument in arguments) else [f"output={output}"]
+    command = [sys.executable, "-m", "ldm.cli", "train", *given, *own]
+    options = {"job-name": "ldm", "nodes": nodes, "ntasks-per-node": devices, "output": output / "slurm-%j.log",
+               "open-mode": "append", **cfg.trainer.slurm}  # fmt: skip
+    said = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    try:  # SIGUSR1, two minutes before its time is over: save, and be queued again (ldm.training.guard)
+        done = subprocess.run(["sbatch", "--parsable", "--requeue", "--signal=USR1@120", *said,
+                               f"--wrap=srun {shlex.join(command)}"], check=True, capture_output=True, text=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        raise ValueError(f"trainer=slurm: sbatch failed ({reason}); run this where sbatch is, on a login node") from error
+    sys.stdout.write(f"job {done.stdout.strip()} will train into {output}; its words: {output}/slurm-*.log\n")
+    return 0
 
 
 def doctor(arguments: list[str]) -> int:
@@ -76,6 +105,50 @@ def doctor(arguments: list[str]) -> int:
         f"{cfg.trainer.max_steps * cfg.data.batch_size / len(data.train):.1f} epochs, learning rate {rate:g}\n"
     )
     return 2 if any(finding.level == "error" for finding in found) else 0
+
+
+def plan(arguments: list[str]) -> None:
+    """``ldm plan``."""
+    import torch
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from ldm.experiments import plan as planning
+    from ldm.experiments.doctor import num_devices
+    from ldm.training.speed import Layout, on_gpu, resolve_precision
+
+    own = {"on": "here", "price": "0", **dict(a.split("=", 1) for a in arguments if a.startswith(("price=", "on=")))}
+    cfg, _ = compose([argument for argument in arguments if not argument.startswith(("price=", "on="))])
+    check_targets(OmegaConf.to_container(cfg))
+    price, here, size = value_of("price", own["price"]), own["on"] == "here", (cfg.data.height, cfg.data.width)
+    if not isinstance(price, int | float) or not price >= 0:
+        raise ValueError(f"price={price} must be a number, at least 0: of a device an hour")
+    trainer: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    trainer["precision"] = resolve_precision(trainer["precision"], trainer["accelerator"]) if here else "bf16-mixed"
+    layout, frozen, encode = Layout.of(trainer), 0, 0.0
+    with torch.device("meta"):
+        network = instantiate({k: cfg.autoencoder[k] for k in cfg.autoencoder if k != "weights"}, _convert_="all")
+        if cfg.stage == "diffusion":
+            frozen = sum(p.numel() for p in network.parameters()) + planning.TOWERS.get(cfg.unet.context_dim, 0)
+            if not cfg.cache:
+                encode = planning.flops(lambda: network.posterior(torch.randn(1, 3, *size)))
+            network = instantiate(cfg.unet, _convert_="all")
+            network.gradient_checkpointing = layout.checkpointing
+    device = planning.published(own["on"], *size) if not here else planning.probe(
+        cfg.stage, trainer["precision"], layout, torch.device("cuda" if on_gpu(trainer["accelerator"]) else "cpu")
+    )  # fmt: skip
+    steps, batch, devices = trainer["max_steps"], cfg.data.batch_size, num_devices(trainer)
+    work, memory, seconds = planning.Training(
+        network, frozen, encode, size, batch, devices, trainer["accumulate_grad_batches"], trainer["strategy"] == "fsdp"
+    ).on(device)
+    hours, parts = steps * seconds / 3600, ", ".join(f"{name} {part / 1e9:.2f}" for name, part in memory.items())
+    sys.stdout.write(
+        f"{sum(p.numel() for p in network.parameters()):,} parameters, {work / 1e9:,.1f} GFLOP an image\n"
+        f"memory a device: {sum(memory.values()) / 1e9:.2f} GB ({parts})\n"
+        f"speed: {batch / seconds:,.1f} images/s on {devices} devices in {trainer['precision']}, {device.source}\n"
+        f"{steps:,} steps of {batch:,}: {hours:,.1f} hours ({hours / 24:,.1f} days), {hours * devices:,.1f} of devices"
+        f"{f', cost {price * hours * devices:,.2f}' if price else ''}\n"
+    )
 
 
 def _report(cfg: Any, output: Path, outcome: Any) -> int:

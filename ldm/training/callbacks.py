@@ -49,10 +49,12 @@ class Pictures(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Every so many optimiser steps."""
         step = trainer.global_step
-        if trainer.is_global_zero and self.every and step and step % self.every == 0 and step != self._done:
+        if self.every and step and step % self.every == 0 and step != self._done:
             self._done = step
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_png(self.folder / f"step-{step:08d}.png", self.draw(pl_module), {"step": step})
+            picture = self.draw(pl_module)  # on all ranks: none has all of a sharded model
+            if trainer.is_global_zero:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_png(self.folder / f"step-{step:08d}.png", picture, {"step": step})
 
     @torch.no_grad()
     def draw(self, module: pl.LightningModule) -> Image.Image:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 
 from ldm import checkpoint
 from ldm.checkpoint import Contents
 from ldm.data.shards import write_atomically
 from ldm.training.ema import AVERAGE
+from ldm.training.sharded import gathered
 
 WEIGHTS = "state_dict"  # Lightning's name for the module's weights
 SCORES = "scores.json"
@@ -31,7 +33,7 @@ class FolderIO(CheckpointIO):
         self.refused: str | None = None
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Called by Lightning on the first rank."""
+        """Called by Lightning on the first rank; by FSDP on all, and the first one writes."""
         try:
             self._save(checkpoint_dict, Path(path))
         except ValueError as error:  # weights that are not finite
@@ -40,7 +42,9 @@ class FolderIO(CheckpointIO):
             self.refused = str(error)
 
     def _save(self, checkpoint_dict: dict[str, Any], path: Path) -> None:
-        contents = self.contents()
+        contents = gathered(self.contents())
+        if rank_zero_only.rank:
+            return
         contents.settings["cursor"] = {**self.cursor, "step": checkpoint_dict["global_step"]}
         state = {key: value for key, value in checkpoint_dict.items() if key != WEIGHTS}
         prefixes = tuple(f"{name}." for name in contents.raw)

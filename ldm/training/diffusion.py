@@ -39,8 +39,6 @@ class DiffusionTraining(pl.LightningModule):
         if not 0.0 <= caption_dropout < 1.0:
             raise ValueError(f"caption_dropout={caption_dropout}: the rule is 0 <= rate < 1; 0.1 is usual")
         self.unet = model.unet.train().requires_grad_(True)
-        # Convolutions are a little faster so, on CPUs as on GPUs.
-        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._frozen = [model]  # in a list, so that the frozen parts are not taken for parameters of this module
         self.optimizer, self.seed = optimizer, seed
         self.caption_dropout, self.min_snr = caption_dropout, min_snr

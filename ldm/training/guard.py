@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ldm.training.sharded import whole
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # finish the step, save, stop; SIGUSR1 requeues under SLURM
 _MEMORY = 0.98  # of the running mean and variance of the loss
 _LEAST = 50  # steps before a spike can be told
@@ -103,7 +105,7 @@ class Guard(pl.Callback):
         """Agree, clip, skip."""
         norms = {}
         for name, parameters in _by_name(optimizer).items():
-            norms[name] = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+            norms[name] = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
         values = torch.stack([torch.as_tensor(self._loss), *(norm.double() for norm in norms.values())]).tolist()
         loss, bad = values[0], not all(math.isfinite(value) for value in values)
         rows = self._gather([float(self._received), float(bad), loss, *map(float, self._batch)])

@@ -28,6 +28,10 @@ from ldm.training.checkpointing import FolderIO, Folders
 from ldm.training.data import DataModule
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.guard import Guard, Limits
+from ldm.training.sharded import Sharded
+from ldm.training.speed import Layout
+
+OWN = ("timeout", "channels_last", "checkpointing", "compile", "slurm")  # settings of a trainer that are not Lightning's
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def fit(
     module: AutoencoderTraining | DiffusionTraining,
     data: DataModule,
     output: Path,
-    trainer: dict[str, Any],  # arguments of Lightning's Trainer
+    trainer: dict[str, Any],  # arguments of Lightning's Trainer, and OWN
     intervals: Intervals,
     prompts: Sequence[str] = (),  # of the sample grids
     loggers: Sequence[Logger] = (),
@@ -84,6 +88,7 @@ def fit(
         _check_cursor(checkpoint.read_manifest(resume)["settings"]["cursor"], cursor, resume)
     assert data.validation_set is not None
     fixed = data.validation_set if isinstance(data.validation_set, FixedSet) else data.validation_set.items  # type: ignore[attr-defined]
+    Layout.of(trainer).apply(module)
     guard = Guard(limits or Limits(), output, clip)
     stage_one = isinstance(module, AutoencoderTraining)
     metric = "val/psnr_ema" if stage_one else "val/mse_ema"
@@ -138,11 +143,15 @@ def _requeue() -> None:
 
 
 def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Several processes by DDP, whose collectives give up after ``timeout`` seconds: a lost rank ends the run."""
-    arguments = {key: value for key, value in trainer.items() if key != "timeout"}
+    """Several processes by DDP or FSDP, whose collectives give up after ``timeout`` seconds: a lost rank ends the run."""
+    arguments = {key: value for key, value in trainer.items() if key not in OWN}
     devices, nodes = arguments.get("devices", 1), arguments.get("num_nodes", 1)
-    if (devices, nodes) != (1, 1) and arguments.get("strategy", "ddp") == "ddp":
-        limit = timedelta(seconds=trainer.get("timeout", 600))
+    strategy, limit = arguments.pop("strategy", "ddp"), timedelta(seconds=trainer.get("timeout", 600))
+    if strategy not in ("ddp", "fsdp"):
+        raise ValueError(f"trainer.strategy={strategy} is unknown; choose ddp or fsdp")
+    if strategy == "fsdp":
+        arguments["strategy"] = Sharded(timeout=limit)
+    elif (devices, nodes) != (1, 1):
         arguments["strategy"] = DDPStrategy(timeout=limit, gradient_as_bucket_view=True)
     return arguments
 

@@ -1,7 +1,7 @@
 """``train.py`` with faults planted in it, for tests that need real processes: python harness.py PLANT.json key=value …
 
 The plant is a JSON object: ``keys`` (folder for what each rank read), ``slow`` (seconds a step), ``nan`` ([rank, step,
-…]: steps whose loss is NaN on that rank).
+…]: steps whose loss is NaN on that rank), ``losses`` (file for loss and learning rate of each step).
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ def plant(faults: dict[str, Any]) -> None:
         begin(self, trainer, module, batch, *args)
 
     Guard.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
+    watch = Guard._watch
+
+    def _watch(self: Guard, trainer: Any, loss: float) -> None:
+        if "losses" in faults and trainer.is_global_zero:
+            with open(faults["losses"], "a") as file:
+                file.write(json.dumps([loss, trainer.optimizers[0].param_groups[0]["lr"]]) + "\n")
+        watch(self, trainer, loss)
+
+    Guard._watch = _watch  # type: ignore[method-assign]
     rank, *steps = faults.get("nan", [-1])
     for kind in (AutoencoderTraining, DiffusionTraining):
         kind.training_step = _with_nan(kind.training_step, rank, steps)  # type: ignore[method-assign]

@@ -1,0 +1,78 @@
+"""What makes a training fast or small and changes its numbers by no more than their rounding (docs/scale.md)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm import precision
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.diffusion import DiffusionTraining
+
+_LIGHTNING = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}  # names of ldm.precision → of Lightning
+
+
+def resolve_precision(name: str, accelerator: str) -> str:
+    """Lightning's name of a number format; ``auto`` is the faster one here, measured once for all processes."""
+    if name != "auto":
+        return name
+    if "LDM_PRECISION" not in os.environ:  # which the processes that Lightning starts later inherit
+        device = torch.device("cuda" if on_gpu(accelerator) else "cpu")
+        os.environ["LDM_PRECISION"] = _LIGHTNING.get(precision.choose("auto", device), "32-true")
+    return os.environ["LDM_PRECISION"]
+
+
+def on_gpu(accelerator: str) -> bool:
+    """Whether a training on Lightning's ``accelerator`` computes on a GPU."""
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the trained network is run: memory format of the UNet, its blocks computed twice to save memory, compiled."""
+
+    channels_last: bool
+    checkpointing: bool
+    compile: bool
+
+    @staticmethod
+    def of(trainer: Mapping[str, Any]) -> Layout:
+        """What the settings of a trainer ask for; ``auto`` is what was the fastest, docs/scale.md says where.
+
+        A CPU's group norm in bfloat16 takes ten times as long over channels-last; compilation brings a CPU 2 %.
+
+        Raises:
+            ValueError: for a value that is none of true, false, auto, and for channels-last of a sharded UNet.
+        """
+        gpu, sharded = on_gpu(trainer["accelerator"]), trainer.get("strategy") == "fsdp"
+        full = trainer["precision"] == "32-true"
+        auto = {"channels_last": (gpu or full) and not sharded, "checkpointing": False, "compile": gpu and not sharded}
+        asked = {key: trainer.get(key, "auto") for key in auto}
+        for key, value in asked.items():
+            if value not in (True, False, "auto"):
+                raise ValueError(f"trainer.{key}={value} is unknown; choose true, false or auto")
+        if sharded and asked["channels_last"] is True:
+            raise ValueError("trainer.channels_last=true: FSDP shards plain memory alone; leave it at auto")
+        return Layout(**{key: auto[key] if value == "auto" else value for key, value in asked.items()})
+
+    def __str__(self) -> str:
+        return " and ".join(name.replace("_", "-") for name, on in vars(self).items() if on) or "plain layout"
+
+    def apply(self, module: AutoencoderTraining | DiffusionTraining) -> None:
+        """Prepare a module for training; an autoencoder is compiled at most (ValueError for checkpointing)."""
+        if isinstance(module, AutoencoderTraining):
+            if self.checkpointing:
+                raise ValueError("trainer.checkpointing=true is for the UNet of stage two; leave it out")
+            parts: list[torch.nn.Module] = [module.autoencoder.encoder, module.autoencoder.decoder]
+        else:
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            for network in (module.unet, module.ema.average):
+                network.to(memory_format=layout)  # type: ignore[call-overload]
+            module.unet.gradient_checkpointing = self.checkpointing
+            parts = [module.unet]
+        for part in parts if self.compile else []:
+            part.compile()
