@@ -129,6 +129,10 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
         raise FileNotFoundError(f"resume={run}: no run there (it holds no config.yaml); give the folder of a training")
     cfg: Any = OmegaConf.load(run / "config.yaml")  # type: ignore[no-redef]
     cfg.output = str(run)  # it may have been moved
+    if "min_snr" in cfg:  # of an early version, whose stage two had no other setting of its loss
+        gamma = cfg.pop("min_snr")
+        if cfg.stage == "diffusion":
+            cfg.loss = {"_target_": "ldm.diffusion.Objective", "min_snr": gamma}
     OmegaConf.set_struct(cfg, True)
     for key, value in given.items():
         if not key.startswith(_SETTINGS_OF_SPEED):
@@ -146,6 +150,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from ldm.diffusion import Objective
     from ldm.loading import load_autoencoder, load_text_encoder
     from ldm.pipeline import Defaults, LatentDiffusion
     from ldm.training.autoencoder import AutoencoderTraining
@@ -161,6 +166,10 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     intervals = Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every)
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
+    loss = instantiate(cfg.loss, _convert_="all")
+    if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
+        rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
+        raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
     module: AutoencoderTraining | DiffusionTraining
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
@@ -168,7 +177,6 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             autoencoder = instantiate(cfg.autoencoder, _convert_="all")
             if cfg.init is not None:
                 autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
-            loss = instantiate(cfg.loss, _convert_="all")
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
             module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, cfg.ema_decay, cfg.seed, adversarial)
             encoders = None
@@ -178,12 +186,13 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             text_encoder = load_text_encoder(cfg.text.weights)
             defaults = Defaults(cfg.diffusion.grid, cfg.diffusion.guidance_scale, data.height, data.width)
             schedule = instantiate(cfg.diffusion.schedule, _convert_="all")
-            model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, cfg.diffusion.prediction, defaults)
+            prediction = "epsilon" if cfg.diffusion.prediction == "eps" else cfg.diffusion.prediction
+            model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, prediction, defaults)
             if cfg.init is not None:
                 from ldm.loading import load
 
                 unet.load_state_dict(load(cfg.init, device="cpu").unet.float().state_dict())
-            module = DiffusionTraining(model, optimizer, cfg.caption_dropout, cfg.min_snr, cfg.ema_decay, cfg.seed)
+            module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, cfg.ema_decay, cfg.seed)
             encoders = (autoencoder, text_encoder) if cfg.cache and cached else None
     data.prepare(cfg.seed, encoders, cfg.validation.images)
     options = {

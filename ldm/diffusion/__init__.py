@@ -3,6 +3,7 @@
 from ldm.diffusion.grids import GRIDS, Grid, make_grid
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.loss import min_snr_weight, per_sample_error
+from ldm.diffusion.objective import Draw, Objective
 from ldm.diffusion.prediction import PREDICTIONS, Prediction, target, to_eps, to_x0
 from ldm.diffusion.samplers import SAMPLERS, Sampler, choose, evaluations
 from ldm.diffusion.schedule import Schedule
@@ -11,7 +12,9 @@ __all__ = [
     "GRIDS",
     "PREDICTIONS",
     "SAMPLERS",
+    "Draw",
     "Grid",
+    "Objective",
     "Prediction",
     "Sampler",
     "Schedule",

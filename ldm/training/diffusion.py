@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm import randomness
 from ldm.checkpoint import Contents
-from ldm.diffusion import min_snr_weight, per_sample_error, target
+from ldm.diffusion import Draw, Objective, per_sample_error, target
 from ldm.diffusion.schedule import per_image
 from ldm.pipeline import LatentDiffusion
 from ldm.training.checkpointing import no_pickle
@@ -30,8 +30,8 @@ class DiffusionTraining(pl.LightningModule):
         self,
         model: LatentDiffusion,
         optimizer: Optimizer,
+        objective: Objective,
         caption_dropout: float = 0.1,  # share of captions replaced by the null context
-        min_snr: float | None = None,  # γ of min-SNR weighting; None weighs all timesteps alike
         ema_decay: float = 0.999,
         seed: int = 0,
     ) -> None:
@@ -42,8 +42,8 @@ class DiffusionTraining(pl.LightningModule):
         # Convolutions are a little faster so, on CPUs as on GPUs.
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._frozen = [model]  # in a list, so that the frozen parts are not taken for parameters of this module
-        self.optimizer, self.seed = optimizer, seed
-        self.caption_dropout, self.min_snr = caption_dropout, min_snr
+        self.optimizer, self.objective, self.seed = optimizer, objective, seed
+        self.caption_dropout = caption_dropout
         self.ema = EMA(self.unet, ema_decay)
 
     @property
@@ -72,8 +72,8 @@ class DiffusionTraining(pl.LightningModule):
         """Encode → drop captions → draw t and noise → loss → log."""
         z, context = self.encode(batch)
         context = self.drop_captions(context, batch["position"])
-        t, eps = self.draw(z, batch["position"])
-        error, weight = self.error(self.unet, z, eps, t, context)
+        drawn = self.objective.draw(self.seed, batch["position"], z, self.model.schedule.num_steps)
+        error, weight = self.error(self.unet, z, drawn, context)
         loss = (weight * error).mean()
         self.log("train/mse", error.detach().mean())
         return loss
@@ -99,18 +99,12 @@ class DiffusionTraining(pl.LightningModule):
         self.log("train/dropped_captions", drop.float().mean())
         return torch.where(drop[:, None, None], self.model.null_context.to(context), context)
 
-    def draw(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps (n,), uniform, and noise shaped as z."""
-        steps = self.model.schedule.num_steps
-        t = [randomness.integer(self.seed, "timestep", int(p), steps) for p in positions]
-        return torch.tensor(t, device=z.device), randomness.normals(self.seed, "noise", positions, z)
-
-    def error(self, unet: torch.nn.Module, z: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def error(self, unet: torch.nn.Module, z: Tensor, drawn: Draw, context: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of each sample's prediction, and its weight: (n,), (n,)."""
-        schedule, kind = self.model.schedule, self.model.prediction
+        schedule, kind, (t, eps, added) = self.model.schedule, self.model.prediction, drawn
         alpha, sigma = (per_image(f(t.cpu()), z) for f in (schedule.alpha, schedule.sigma))
-        prediction = unet(schedule.add_noise(z, eps, t), t, context)
-        weight = min_snr_weight(schedule.log_snr(t.cpu()), kind, self.min_snr).to(z)
+        prediction = unet(schedule.add_noise(z, added, t), t, context)
+        weight = self.objective.weight(schedule.log_snr(t.cpu()), kind).to(z)
         return per_sample_error(prediction, target(kind, z, eps, alpha, sigma)), weight
 
     def validation_step(self, batch: dict[str, Any]) -> None:
@@ -124,7 +118,7 @@ class DiffusionTraining(pl.LightningModule):
             eps = randomness.normals(0, f"validation noise {k}", positions, z)
             times = torch.tensor(t, device=z.device)
             for name, unet in (("", self.unet), ("_ema", self.ema.average)):
-                error = self.error(unet, z, eps, times, context)[0].mean()
+                error = self.error(unet, z, Draw(times, eps, eps), context)[0].mean()
                 self.log(f"val/mse{name}_t{low}-{high - 1}", error, sync_dist=True, batch_size=len(z))
                 self._sums.setdefault(name, []).append(float(error) * len(z))
         self._seen += len(z)
