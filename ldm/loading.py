@@ -11,7 +11,7 @@ import torch
 from ldm import checkpoint
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import Contents
-from ldm.diffusion import Schedule
+from ldm.diffusion import make_path
 from ldm.pipeline import Defaults, LatentDiffusion
 from ldm.text import TextEncoder
 from ldm.unet import UNet
@@ -97,7 +97,7 @@ def load(
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     said = contents.settings
     defaults = Defaults(said["grid"], said["guidance_scale"], said["height"], said["width"])
-    schedule, null = Schedule(**said["schedule"]), contents.tensors.get("null_context")
+    schedule, null = make_path(said["schedule"]), contents.tensors.get("null_context")
     model = LatentDiffusion(
         unet, autoencoder, text_encoder, schedule, said["prediction"], defaults, null, name=name, offload=offload
     )

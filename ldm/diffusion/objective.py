@@ -1,8 +1,8 @@
 """What stage two is trained on: which times and which noise a sample gets, and how its error is weighed.
 
 Stands between ``z`` and ``loss(prediction, target)`` of the picture. Each recipe is one field, and off where it is left
-alone. Every draw is a pure function of (seed, position), but for ``immiscible``, which looks at the sample's own latents
-too: none depends on the rest of the batch, so ranks and micro-batches change nothing.
+alone. Every draw is a pure function of (seed, position), and with ``immiscible`` of the sample's own latents: none hangs
+on the rest of the batch, so ranks and micro-batches change nothing.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Objective:
 
     Attributes:
         min_snr: γ of min-SNR weighting (2303.09556); null weighs all timesteps alike.
-        timesteps: ``uniform``, or ``logit_normal``: logit τ is normal, τ the share of the way to noise (2403.03206, §3.1).
+        timesteps: ``uniform``, or ``logit_normal``: the logit of t / num_steps is normal (2403.03206, §3.1).
         logit_mean: of logit_normal; above 0 trains more on noisy times.
         logit_std: of logit_normal, above 0; small stays near the mean.
-        offset_noise: s: ε is ε + s·N(0, 1), one number a channel, so that the mean is learnt (Guttenberg, 2023); 0.1 is usual.
-        input_perturbation: γ: z_t has ε + γ ξ, the target keeps ε (2301.11706, algorithm 1); 0.1 is usual.
-        immiscible: k: ε is the nearest to z of k draws (2505.18521); null takes the first.
+        offset_noise: s: ε gets s·N(0, 1) more, one number a channel, so that the mean is learnt (Guttenberg, 2023).
+        input_perturbation: γ: z_t has ε + γ ξ, the target keeps ε (2301.11706, algorithm 1).
+        immiscible: k: ε is the nearest to z of k draws (2505.18521, for the assignment of 2406.12303); null draws one.
     """
 
     min_snr: float | None = None

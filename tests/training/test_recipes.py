@@ -6,13 +6,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from ldm.cli import door, train
+import ldm
+from ldm import checkpoint
+from ldm.autoencoder import Autoencoder
+from ldm.cli import door, sample, train
 from ldm.cli.training import build, compose
-from ldm.diffusion import Objective
+from ldm.data import FixedSet, ShardDataset
+from ldm.diffusion import Flow, Objective
+from tests.conftest import tiny_text
+from tests.training.test_training import arguments, column, unet
 
 SMALL = ["data=emoji48", "cache=false", "unet.widths=[32,64]", "unet.attention=[false,true]", "unet.num_heads=2"]
+
+
+@pytest.fixture(scope="module")
+def small(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a training of 16 steps on a random autoencoder with the latent scale of the shapes."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    autoencoder, items = Autoencoder(widths=(32, 64), num_blocks=1, stem=4), FixedSet(ShardDataset(shapes), 32, 32)
+    with torch.no_grad():
+        autoencoder.to_moments.weight[4:], autoencoder.to_moments.bias[4:] = 0.0, -12.0  # a narrow posterior
+        mean = autoencoder.posterior(torch.stack([items[i]["image"] for i in range(24)])).mean
+    autoencoder.set_latent_scale(mean.mean((0, 2, 3)), mean.std((0, 2, 3)))
+    checkpoint.save(folder / "autoencoder", checkpoint.Contents({"autoencoder": autoencoder}))
+    checkpoint.save(folder / "text", checkpoint.Contents({"text_encoder": tiny_text("clip")}))
+    own = [*unet(folder / "text", folder / "autoencoder"), "samples.every=0", "validation.every=8"]
+    return arguments(shapes, Path("-"), "diffusion", 16, *own, "checkpoint.every=8")
+
+
+def run(small: list[str], output: Path, *more: str) -> Path:
+    assert door(train, [*small, f"output={output}", *more]) == 0
+    return output
 
 
 def test_every_recipe_of_the_loss_reaches_the_training() -> None:
@@ -47,3 +75,26 @@ def test_a_run_of_the_version_before_the_group_of_losses_goes_on_with_its_min_sn
     again, _ = compose([f"resume={tmp_path}"])
     module, _, _ = build(again)
     assert module.objective == Objective(min_snr=5.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- flow
+
+
+def test_flow_matching_learns_is_kept_and_drawn_from(small: list[str], tmp_path: Path) -> None:
+    trained = run(small, tmp_path / "run", "diffusion=flow")
+    curve = column(trained, "val/mse")
+    # Velocity ε - z of unit variances: 2.0 is what predicting nothing scores; measured 1.74 at step 8, 1.66 at 16.
+    assert curve[-1] < 1.75
+    assert curve[-1] < curve[0] - 0.03
+    model = ldm.load(trained)
+    assert isinstance(model.schedule, Flow)
+    assert model.prediction == "flow"
+    drawn = model.sample("a red square", steps=4).latents
+    model.save(tmp_path / "copy")
+    assert torch.equal(ldm.load(tmp_path / "copy").sample("a red square", steps=4).latents, drawn)
+    for name in ("ddpm", "unipc", "auto"):
+        pictures = tmp_path / name
+        assert door(sample, [f"model={trained}", "a red square", "steps=4", f"sampler={name}", f"output={pictures}"]) == 0
+        assert list(pictures.glob("*.png"))
+    with pytest.raises(ValueError, match="trained by flow matching"):
+        model.export_diffusers(tmp_path / "theirs")
