@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ldm import checkpoint
+from ldm import averages, checkpoint
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import Contents
 from ldm.diffusion import make_path
@@ -56,8 +56,14 @@ def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None 
         if convert.is_foreign(path):
             contents, files = convert.read(path, weights, only)
             return contents, "" if only else convert.fingerprint(files)
-    contents = checkpoint.load(path, weights, only)
-    return contents, hashlib.sha256((path / checkpoint.MANIFEST).read_bytes()).hexdigest()[:16]
+    kind, _, length = weights.partition(":")
+    contents = checkpoint.load(path, weights if kind != "ema" else kind, only)
+    if length and "unet" in contents.components:
+        folder, step = path.parent.parent / averages.FOLDER, contents.settings.get("cursor", {}).get("step", 0)
+        found = averages.reconstruct(folder, averages.length(length), step)
+        checkpoint.assign(contents.components["unet"], found, f"{folder} at {weights}")
+    manifest = (path / checkpoint.MANIFEST).read_bytes()
+    return contents, hashlib.sha256(manifest + length.encode()).hexdigest()[:16]
 
 
 def load(
@@ -70,7 +76,7 @@ def load(
     Args:
         source: bundled name, run folder (its newest verified checkpoint), checkpoint folder; or of others: a diffusers
             folder, a CompVis single file (``.safetensors``), a hub id (``owner/name``). Pickles: ``ldm convert``.
-        weights: ``"ema"`` or ``"raw"``.
+        weights: ``"ema"`` or ``"raw"``; of a run trained with ``ema.power``, ``"ema:0.07"`` is the average of that σ_rel.
         device: None takes a GPU if there is one.
         offload: text tower and autoencoder wait on the CPU while they are idle: less GPU memory.
 

@@ -170,6 +170,9 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
         rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
         raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
+    power = list(cfg.get("ema", {}).get("power", []))
+    if power and cfg.stage != "diffusion":
+        raise ValueError(f"ema.power={power} with stage={cfg.stage}: averages of other lengths are kept of the UNet alone")
     module: AutoencoderTraining | DiffusionTraining
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
@@ -201,6 +204,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         "prompts": list(cfg.samples.prompts),
         "loggers": [instantiate(logger, _convert_="all") for logger in cfg.logger.loggers],
         "clip": cfg.clip,
+        "power": power,
         "limits": Limits(**cfg.get("guard", {})),
     }
     return module, data, options

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from omegaconf import OmegaConf
 
@@ -98,3 +99,31 @@ def test_flow_matching_learns_is_kept_and_drawn_from(small: list[str], tmp_path:
         assert list(pictures.glob("*.png"))
     with pytest.raises(ValueError, match="trained by flow matching"):
         model.export_diffusers(tmp_path / "theirs")
+
+
+# ----------------------------------------------------------------------------------------------------- other averages
+
+
+def test_averages_of_other_lengths_are_had_after_training_and_survive_a_resume(
+    small: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    power = ["ema.power=[0.05,0.1]", "checkpoint.every=2", "validation.every=100"]
+    whole = run(small, tmp_path / "whole", *power, "trainer.max_steps=6")
+    halves = run(small, tmp_path / "halves", *power, "trainer.max_steps=4")
+    assert door(train, [f"resume={halves}", "trainer.max_steps=6"]) == 0
+    names = sorted(path.name for path in (whole / "averages").iterdir())
+    assert names[0] == "step-00000002-0.050.safetensors"
+    assert len(names) == 6
+    for name in names:
+        assert (halves / "averages" / name).read_bytes() == (whole / "averages" / name).read_bytes()
+    usual, kept, other = (ldm.load(whole, weights=w) for w in ("ema", "ema:0.05", "ema:0.07"))
+    saved = safetensors.torch.load_file(whole / "averages/step-00000006-0.050.safetensors")
+    for name, value in kept.unet.state_dict().items():
+        torch.testing.assert_close(value, saved[name].float(), rtol=0, atol=1e-6)  # its weight is 1 to rounding
+    assert len({usual.name, kept.name, other.name}) == 3
+    assert not torch.equal(other.unet.conv_out.weight, kept.unet.conv_out.weight)
+    for weights, said in (("ema:0.3", "0 < sigma_rel < 0.288"), ("ema:long", "the rule is a number"), ("raw:1", "raw")):
+        with pytest.raises(ValueError, match=said):
+            ldm.load(whole, weights=weights)
+    assert door(train, ["experiment=emoji/autoencoder", "ema.power=[0.05]", f"output={tmp_path / 'one'}"]) == 2
+    assert "of the UNet alone" in capsys.readouterr().err
