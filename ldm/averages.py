@@ -1,8 +1,8 @@
 """Averages of any length after training, from a few snapshots (EDM2: Karras et al., 2312.02696, §3 and appendix C).
 
-A power-function average of the weights up to step t is θ̂_γ(t) = ∫ p(s) θ(s) ds with the profile
-p(s) = (γ + 1) s^γ / t^(γ+1) on [0, t]. Its length is named by σ_rel, the profile's standard deviation over t. A training keeps
-a few of them and writes them down now and then; any other profile is nearly a weighted sum of those, and so is its average.
+A power-function average up to step t is θ̂(t) = ∫ p(s) θ(s) ds, its profile p(s) = (γ + 1) s^γ / t^(γ+1) on [0, t], its
+length σ_rel the profile's standard deviation over t. A training writes some down now and then; any other profile is
+nearly a weighted sum of those, and so is its average.
 """
 
 from __future__ import annotations
@@ -28,28 +28,16 @@ class Profile(NamedTuple):
 
 
 def exponent(sigma: float) -> float:
-    """γ of σ_rel = √(γ + 1) / ((γ + 2) √(γ + 3)) (2312.02696, §3.1).
-
-    Raises:
-        ValueError: unless 0 < σ_rel < 0.288, where the average is that of all steps alike.
-    """
+    """γ of σ_rel = √(γ + 1) / ((γ + 2) √(γ + 3)) (2312.02696, §3.1); ValueError unless 0 < σ_rel < 0.288."""
     if not 0.0 < sigma < 12.0**-0.5:
         raise ValueError(f"sigma_rel={sigma}: the rule is 0 < sigma_rel < 0.288; 0.05 to 0.15 are usual")
     roots = np.roots([1.0, 7.0, 16.0 - sigma**-2, 12.0 - sigma**-2])
     return float(roots[np.isreal(roots)].real.max())
 
 
-def length(text: str) -> float:
-    """σ_rel as it is written behind ``ema:``."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"weights=ema:{text}: the rule is a number, as in ema:0.07") from error
-
-
-def decay(gamma: float, step: int) -> float:
+def decay(sigma: float, step: int) -> float:
     """β of θ̂ ← β θ̂ + (1 - β) θ at optimiser step ``step``, 1 the first: (1 - 1/t)^(γ+1) (§3.1)."""
-    return (1.0 - 1.0 / step) ** (gamma + 1.0)
+    return (1.0 - 1.0 / step) ** (exponent(sigma) + 1.0)
 
 
 def overlap(a: Profile, b: Profile) -> float:
@@ -59,24 +47,20 @@ def overlap(a: Profile, b: Profile) -> float:
 
 
 def weights_of(kept: Sequence[Profile], wanted: Profile) -> np.ndarray:
-    """How much of each kept average makes the wanted one, by least squares over the profiles: (n,) (§3.2).
+    """How much of each kept average makes the wanted one, by least squares over the profiles (§3.2): (n,).
 
-    They sum to 1, as profiles do, so that weights that stand still stay what they are.
-
-    Raises:
-        ValueError: if no sum of them comes near.
+    They sum to 1, as profiles do, so that weights that stand still stay what they are. ValueError if no sum comes near.
     """
     gram = np.array([[overlap(a, b) for b in kept] for a in kept])
-    cross = np.array([overlap(a, wanted) for a in kept])
+    cross, own = np.array([overlap(a, wanted) for a in kept]), overlap(wanted, wanted)
     scale = np.sqrt(np.diag(gram))  # profiles of unit norm, so that rounding is cut evenly
     found: np.ndarray = np.linalg.lstsq(gram / np.outer(scale, scale), cross / scale, rcond=1e-12)[0] / scale
     found /= found.sum()
-    error = max(1.0 - 2.0 * found @ cross / (own := overlap(wanted, wanted)) + found @ gram @ found / own, 0.0) ** 0.5
-    if error > WORST:
-        lengths = sorted({p.sigma for p in kept})
+    error = max(1.0 + (found @ gram @ found - 2.0 * found @ cross) / own, 0.0) ** 0.5
+    if not error < WORST:
         raise ValueError(
             f"sigma_rel={wanted.sigma} at step {wanted.step} is {error:.0%} off with {len(kept)} snapshots of "
-            f"{lengths}; take a length between them, or more snapshots (a smaller checkpoint.every)"
+            f"{sorted({p.sigma for p in kept})}; take a length between them, or a smaller checkpoint.every"
         )
     return found
 
@@ -90,29 +74,14 @@ def write(folder: Path, profile: Profile, weights: dict[str, Tensor]) -> None:
     path.with_suffix(".partial").rename(path)
 
 
-def kept_in(folder: Path) -> dict[Profile, Path]:
-    """The snapshots of a run."""
-    parts = {path: path.stem.split("-") for path in sorted(folder.glob("step-*-*.safetensors"))}
-    return {Profile(float(sigma), int(step)): path for path, (_, step, sigma) in parts.items()}
-
-
 def reconstruct(folder: Path, sigma: float, step: int) -> dict[str, Tensor]:
-    """The average of a length up to a step, float32, from the snapshots until then.
-
-    Args:
-        folder: of the snapshots.
-        sigma: σ_rel.
-        step: at which the average ends, that of a snapshot.
-
-    Raises:
-        ValueError: if there is no snapshot of that step, or the length is out of reach.
-    """
-    files = {profile: path for profile, path in kept_in(folder).items() if profile.step <= step}
+    """The average of a length σ_rel up to the step of a snapshot, float32; ValueError if there is none or it is far."""
+    named = {path: path.stem.split("-") for path in sorted(folder.glob("step-*-*.safetensors"))}
+    files = {Profile(float(s), int(t)): path for path, (_, t, s) in named.items() if int(t) <= step}
     if step not in {profile.step for profile in files}:
         raise ValueError(f"{folder} holds no averages of step {step}; train with ema.power=[0.05,0.10]")
-    found = weights_of(list(files), Profile(sigma, step))
     total: dict[str, Tensor] = {}
-    for weight, path in zip(found.tolist(), files.values(), strict=True):
+    for weight, path in zip(weights_of(list(files), Profile(sigma, step)).tolist(), files.values(), strict=True):
         for name, value in safetensors.torch.load_file(path).items():
             total[name] = total.get(name, 0.0) + weight * value.double()
     return {name: value.float() for name, value in total.items()}

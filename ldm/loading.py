@@ -60,8 +60,7 @@ def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None 
     contents = checkpoint.load(path, weights if kind != "ema" else kind, only)
     if length and "unet" in contents.components:
         folder, step = path.parent.parent / averages.FOLDER, contents.settings.get("cursor", {}).get("step", 0)
-        found = averages.reconstruct(folder, averages.length(length), step)
-        checkpoint.assign(contents.components["unet"], found, f"{folder} at {weights}")
+        checkpoint.assign(contents.components["unet"], averages.reconstruct(folder, float(length), step), str(folder))
     manifest = (path / checkpoint.MANIFEST).read_bytes()
     return contents, hashlib.sha256(manifest + length.encode()).hexdigest()[:16]
 
@@ -76,7 +75,7 @@ def load(
     Args:
         source: bundled name, run folder (its newest verified checkpoint), checkpoint folder; or of others: a diffusers
             folder, a CompVis single file (``.safetensors``), a hub id (``owner/name``). Pickles: ``ldm convert``.
-        weights: ``"ema"`` or ``"raw"``; of a run trained with ``ema.power``, ``"ema:0.07"`` is the average of that σ_rel.
+        weights: ``"ema"`` or ``"raw"``; of a run with ``ema.power``, ``"ema:0.07"`` is the average of that σ_rel.
         device: None takes a GPU if there is one.
         offload: text tower and autoencoder wait on the CPU while they are idle: less GPU memory.
 

@@ -157,6 +157,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     from ldm.training.diffusion import DiffusionTraining
     from ldm.training.guard import Limits
     from ldm.training.loggers import check_wandb
+    from ldm.training.lora import adapt
     from ldm.training.run import Intervals
 
     check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
@@ -170,9 +171,6 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
         rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
         raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
-    power = list(cfg.get("ema", {}).get("power", []))
-    if power and cfg.stage != "diffusion":
-        raise ValueError(f"ema.power={power} with stage={cfg.stage}: averages of other lengths are kept of the UNet alone")
     module: AutoencoderTraining | DiffusionTraining
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
@@ -189,13 +187,20 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             text_encoder = load_text_encoder(cfg.text.weights)
             defaults = Defaults(cfg.diffusion.grid, cfg.diffusion.guidance_scale, data.height, data.width)
             schedule = instantiate(cfg.diffusion.schedule, _convert_="all")
-            prediction = "epsilon" if cfg.diffusion.prediction == "eps" else cfg.diffusion.prediction
+            prediction: Any = "epsilon" if cfg.diffusion.prediction == "eps" else cfg.diffusion.prediction
             model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, prediction, defaults)
             if cfg.init is not None:
                 from ldm.loading import load
 
                 unet.load_state_dict(load(cfg.init, device="cpu").unet.float().state_dict())
-            module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, cfg.ema_decay, cfg.seed)
+            rank, power = cfg.get("lora", {}).get("rank"), list(cfg.get("ema", {}).get("power", []))
+            if rank is not None:
+                if cfg.init is None or power:
+                    raise ValueError(
+                        "lora.rank adapts the weights of init=MODEL, without ema.power; give init, or no rank"
+                    )
+                adapt(unet, rank, list(cfg.lora.targets))
+            module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, cfg.ema_decay, cfg.seed, power)
             encoders = (autoencoder, text_encoder) if cfg.cache and cached else None
     data.prepare(cfg.seed, encoders, cfg.validation.images)
     options = {
@@ -204,7 +209,6 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         "prompts": list(cfg.samples.prompts),
         "loggers": [instantiate(logger, _convert_="all") for logger in cfg.logger.loggers],
         "clip": cfg.clip,
-        "power": power,
         "limits": Limits(**cfg.get("guard", {})),
     }
     return module, data, options

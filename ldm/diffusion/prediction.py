@@ -35,7 +35,7 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tens
 
 
 def to_x0(kind: Prediction, prediction: Tensor, z: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """The estimate of the clean latents: (z - σ ε) / α (DDIM, 2010.02502, eq. 12), or α z - σ v, or (z - σ u) / (α + σ).
+    """The clean latents: (z - σ ε) / α (DDIM, 2010.02502, eq. 12), α z - σ v, or of the flow u (z - σ u) / (α + σ).
 
     It estimates z_0, not the next latents: a sampler adds noise to it again.
     """

@@ -1,7 +1,6 @@
 """The path from image to noise: how much of the image is left at time t, z_t = α_t z_0 + σ_t ε.
 
-Two paths with one interface: :class:`Schedule`, with α² = ᾱ and σ² = 1 - ᾱ, and :class:`Flow`, with α + σ = 1. Times run
-from -1, the clean image, to num_steps - 1.
+Two paths with one interface: :class:`Schedule`, with α² = ᾱ and σ² = 1 - ᾱ, and :class:`Flow`, with α + σ = 1.
 """
 
 from __future__ import annotations
@@ -115,11 +114,8 @@ class Schedule:
 class Flow:
     """The straight path of flow matching (Lipman et al., 2210.02747, eq. 22; Liu et al., 2209.03003, eq. 1).
 
-    α = 1 - τ, σ = τ, τ = (t + 1) / num_steps: 0 at the clean image, t = -1, and 1 at pure noise, the last time. ᾱ, where
-    one is asked for, is that of the variance-preserving path of the same SNR.
-
-    Raises:
-        ValueError: for fewer than two steps.
+    α = 1 - τ, σ = τ, τ = (t + 1) / num_steps: 0 at the clean image, t = -1, and 1 at pure noise, the last time. Its
+    ``alpha_bar`` is that of the variance-preserving path of the same SNR.
     """
 
     zero_terminal = True  # no image is left at the last time
@@ -144,15 +140,15 @@ class Flow:
         return (time + 1.0) / self.num_steps
 
     def log_snr(self, t: Tensor | float) -> Tensor:
-        """2 log (1 - τ)/τ, float64, the shape of t; infinite at both ends."""
+        """2 log (1 - τ)/τ; see :class:`Schedule` for this and what follows."""
         return 2.0 * (self.alpha(t).log() - self.sigma(t).log())
 
     def time(self, log_snr: np.ndarray) -> np.ndarray:
-        """The real times in [0, num_steps - 1] of log-SNRs, the inverse of :meth:`log_snr`; beyond it the nearest."""
+        """The inverse of :meth:`log_snr`."""
         return np.clip(self.num_steps / (1.0 + np.exp(log_snr / 2.0)) - 1.0, 0.0, self.num_steps - 1.0)
 
     def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """z_t = (1 - τ) z_0 + τ ε; see :meth:`Schedule.add_noise`."""
+        """z_t = (1 - τ) z_0 + τ ε."""
         return per_image(self.alpha(t.cpu()), z) * z + per_image(self.sigma(t.cpu()), z) * eps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ldm.diffusion.schedule import per_image
 from ldm.pipeline import LatentDiffusion
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
+from ldm.training.lora import factors, merged
 from ldm.training.optimizer import Optimizer
 
 VALIDATION_BINS = 4  # ranges of timesteps, each validation image once in each
@@ -34,17 +36,20 @@ class DiffusionTraining(pl.LightningModule):
         caption_dropout: float = 0.1,  # share of captions replaced by the null context
         ema_decay: float = 0.999,
         seed: int = 0,
+        power: Sequence[float] = (),  # lengths σ_rel of averages that are kept for later
     ) -> None:
         super().__init__()
         if not 0.0 <= caption_dropout < 1.0:
             raise ValueError(f"caption_dropout={caption_dropout}: the rule is 0 <= rate < 1; 0.1 is usual")
-        self.unet = model.unet.train().requires_grad_(True)
+        self.unet = model.unet.train()
+        if not any(factors(self.unet)):  # of a LoRA, which alone are trained
+            self.unet.requires_grad_(True)
         # Convolutions are a little faster so, on CPUs as on GPUs.
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._frozen = [model]  # in a list, so that the frozen parts are not taken for parameters of this module
         self.optimizer, self.objective, self.seed = optimizer, objective, seed
         self.caption_dropout = caption_dropout
-        self.ema = EMA(self.unet, ema_decay)
+        self.ema = EMA(self.unet, ema_decay, power)
 
     @property
     def model(self) -> LatentDiffusion:
@@ -141,5 +146,6 @@ class DiffusionTraining(pl.LightningModule):
     def contents(self) -> Contents:
         """What a checkpoint keeps: the whole model with the EMA weights, and the raw ones of the UNet."""
         contents = self.averaged_model().contents()
-        contents.raw = {"unet": self.unet.state_dict()}
+        contents.components["unet"] = merged(self.ema.average)  # type: ignore[arg-type]
+        contents.raw = {"unet": merged(self.unet).state_dict()}
         return contents

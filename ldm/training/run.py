@@ -27,7 +27,6 @@ from ldm.training.callbacks import Pictures, Speed
 from ldm.training.checkpointing import FolderIO, Folders
 from ldm.training.data import DataModule
 from ldm.training.diffusion import DiffusionTraining
-from ldm.training.ema import PowerEMA
 from ldm.training.guard import Guard, Limits
 
 
@@ -66,7 +65,6 @@ def fit(
     loggers: Sequence[Logger] = (),
     resume: Path | None = None,  # a checkpoint folder
     clip: float | None = 1.0,  # of the gradient's global norm
-    power: Sequence[float] = (),  # lengths σ_rel of the averages that are kept for later
     limits: Limits | None = None,
 ) -> Outcome:
     """Train to ``trainer['max_steps']``, or until a signal or a fault stops it; the last step is saved either way.
@@ -102,7 +100,6 @@ def fit(
         logger=[_csv(output, resume is not None), *loggers],
         callbacks=[
             module.ema,
-            *([PowerEMA(module.ema.source, power, output)] if power else []),
             guard,
             Speed(data.batch_size),
             Pictures(output / "samples", intervals.pictures, prompts, fixed),

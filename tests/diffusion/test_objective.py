@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -75,9 +74,9 @@ def test_immiscible_noise_is_the_nearest_of_its_draws() -> None:
     [
         ({"min_snr": 0.0}, "min_snr=0.0 must be above 0"),
         ({"timesteps": "cosine"}, "choose uniform or logit_normal"),
-        ({"logit_std": 0.0}, "logit_std=0.0 must be above 0"),
-        ({"offset_noise": -0.1}, "offset_noise=-0.1 must be at least 0"),
-        ({"input_perturbation": math.nan}, "input_perturbation=nan must be at least 0"),
+        ({"logit_std": 0.0}, "logit_std must be above 0"),
+        ({"offset_noise": -0.1}, "offset_noise and input_perturbation at least 0"),
+        ({"input_perturbation": -1.0}, "offset_noise and input_perturbation at least 0"),
         ({"immiscible": 1}, "immiscible=1: the nearest of 2"),
     ],
 )

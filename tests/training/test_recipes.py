@@ -18,7 +18,7 @@ from ldm.cli.training import build, compose
 from ldm.data import FixedSet, ShardDataset
 from ldm.diffusion import Flow, Objective
 from tests.conftest import tiny_text
-from tests.training.test_training import arguments, column, unet
+from tests.training.test_training import arguments, column, unet, weights
 
 SMALL = ["data=emoji48", "cache=false", "unet.widths=[32,64]", "unet.attention=[false,true]", "unet.num_heads=2"]
 
@@ -95,7 +95,9 @@ def test_flow_matching_learns_is_kept_and_drawn_from(small: list[str], tmp_path:
     assert torch.equal(ldm.load(tmp_path / "copy").sample("a red square", steps=4).latents, drawn)
     for name in ("ddpm", "unipc", "auto"):
         pictures = tmp_path / name
-        assert door(sample, [f"model={trained}", "a red square", "steps=4", f"sampler={name}", f"output={pictures}"]) == 0
+        assert (
+            door(sample, [f"model={trained}", "a red square", "steps=4", f"sampler={name}", f"output={pictures}"]) == 0
+        )
         assert list(pictures.glob("*.png"))
     with pytest.raises(ValueError, match="trained by flow matching"):
         model.export_diffusers(tmp_path / "theirs")
@@ -105,9 +107,9 @@ def test_flow_matching_learns_is_kept_and_drawn_from(small: list[str], tmp_path:
 
 
 def test_averages_of_other_lengths_are_had_after_training_and_survive_a_resume(
-    small: list[str], tmp_path: Path, capsys: Any
+    small: list[str], tmp_path: Path
 ) -> None:
-    power = ["ema.power=[0.05,0.1]", "checkpoint.every=2", "validation.every=100"]
+    power = ["ema.power=[0.05,0.1]", "checkpoint.every=2", "validation.every=100", "optimizer.decay=constant"]
     whole = run(small, tmp_path / "whole", *power, "trainer.max_steps=6")
     halves = run(small, tmp_path / "halves", *power, "trainer.max_steps=4")
     assert door(train, [f"resume={halves}", "trainer.max_steps=6"]) == 0
@@ -122,8 +124,40 @@ def test_averages_of_other_lengths_are_had_after_training_and_survive_a_resume(
         torch.testing.assert_close(value, saved[name].float(), rtol=0, atol=1e-6)  # its weight is 1 to rounding
     assert len({usual.name, kept.name, other.name}) == 3
     assert not torch.equal(other.unet.conv_out.weight, kept.unet.conv_out.weight)
-    for weights, said in (("ema:0.3", "0 < sigma_rel < 0.288"), ("ema:long", "the rule is a number"), ("raw:1", "raw")):
+    for wrong, said in (("ema:0.3", "0 < sigma_rel <"), ("ema:long", "to float: 'long'"), ("raw:1", "ema or raw")):
         with pytest.raises(ValueError, match=said):
-            ldm.load(whole, weights=weights)
-    assert door(train, ["experiment=emoji/autoencoder", "ema.power=[0.05]", f"output={tmp_path / 'one'}"]) == 2
-    assert "of the UNet alone" in capsys.readouterr().err
+            ldm.load(whole, weights=wrong)
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_a_lora_is_trained_resumed_and_opens_as_a_whole_model(small: list[str], tmp_path: Path, capsys: Any) -> None:
+    base = run(small, tmp_path / "base", "trainer.max_steps=4", "optimizer.decay=constant")
+    lora = ["lora.rank=2", f"init={base}", "checkpoint.every=3", "validation.every=100", "optimizer.decay=constant"]
+    whole = run(small, tmp_path / "whole", *lora, "trainer.max_steps=6")
+    halves = run(small, tmp_path / "halves", *lora, "trainer.max_steps=3")
+    assert door(train, [f"resume={halves}", "trainer.max_steps=6"]) == 0
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(halves)[name], tensor), name
+    start = ldm.load(base).unet.state_dict()
+    for kind in ("ema", "raw"):
+        model = ldm.load(whole, weights=kind)
+        assert model.sample("a red square", steps=2).images.isfinite().all()
+        differ = {name for name, value in model.unet.state_dict().items() if not torch.equal(value, start[name])}
+        assert differ == {
+            f"{name}.weight"
+            for name, m in model.unet.named_modules()
+            if name.endswith((".to_q", ".to_k", ".to_v", ".to_out")) and isinstance(m, torch.nn.Linear)
+        }
+        # The whole model's change is of the rank asked for.
+        name = "middle_blocks.1.cross_attention.to_v.weight"
+        assert torch.linalg.matrix_rank((model.unet.state_dict()[name] - start[name]).double(), rtol=1e-3) == 2
+    # The file for diffusers holds the averaged factors: what they make is what the averaged model has more.
+    file = safetensors.torch.load_file(whole / "pytorch_lora_weights.safetensors")
+    part = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora"
+    made = file[f"{part}.up.weight"] @ file[f"{part}.down.weight"]
+    delta = ldm.load(whole).unet.state_dict()[name] - start[name]
+    torch.testing.assert_close(made, delta, rtol=0, atol=1e-6)
+    assert door(train, [*small, "lora.rank=2", f"output={tmp_path / 'none'}"]) == 2
+    assert "lora.rank adapts the weights of init=MODEL" in capsys.readouterr().err
