@@ -200,7 +200,10 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
                         "lora.rank adapts the weights of init=MODEL, without ema.power; give init, or no rank"
                     )
                 adapt(unet, rank, list(cfg.lora.targets))
-            module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, cfg.ema_decay, cfg.seed, power)
+            if (repa := cfg.get("repa", 0.0)) and cfg.cache:
+                raise ValueError(f"repa={repa} needs images, which the cache of latents has not; set cache=false")
+            averaging = (cfg.ema_decay, cfg.seed, power)
+            module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, *averaging, repa)
             encoders = (autoencoder, text_encoder) if cfg.cache and cached else None
     data.prepare(cfg.seed, encoders, cfg.validation.images)
     options = {

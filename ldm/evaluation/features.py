@@ -81,15 +81,20 @@ class EfficientNetLite0(nn.Module):
         if pixels.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             size = (INPUT_SIZE, INPUT_SIZE)
             pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True).clamp(0.0, 255.0)
+        *maps, last = self.maps(pixels)
+        texture = torch.cat([f for h in maps for f in (h.mean((2, 3)), h.std((2, 3)))], 1)
+        return Features(net._swish(net._bn1(net._conv_head(last))).mean((2, 3)).cpu(), texture.cpu())
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """Activations of TEXTURE_BLOCKS and of the last block, each (n, c, h, w); pixels in [0, 255] at any size."""
+        net, found = self.network, []
         h = ((pixels - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
         h = net._swish(net._bn0(net._conv_stem(h)))
-        texture = []
         for i, block in enumerate(net._blocks):
-            h = block(h)  # (n, c, h, w)
+            h = block(h)
             if i in TEXTURE_BLOCKS:
-                texture += [h.mean((2, 3)), h.std((2, 3))]
-        pooled = net._swish(net._bn1(net._conv_head(h))).mean((2, 3))
-        return Features(pooled.cpu(), torch.cat(texture, 1).cpu())
+                found.append(h)
+        return [*found, h]
 
 
 def image_batches(

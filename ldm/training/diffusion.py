@@ -15,6 +15,7 @@ from ldm.checkpoint import Contents
 from ldm.diffusion import Draw, Objective, per_sample_error, target
 from ldm.diffusion.schedule import per_image
 from ldm.pipeline import LatentDiffusion
+from ldm.training.alignment import Alignment
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
 from ldm.training.lora import factors, merged
@@ -37,6 +38,7 @@ class DiffusionTraining(pl.LightningModule):
         ema_decay: float = 0.999,
         seed: int = 0,
         power: Sequence[float] = (),  # lengths σ_rel of averages that are kept for later
+        repa: float = 0.0,  # λ of representation alignment; 0 has none
     ) -> None:
         super().__init__()
         if not 0.0 <= caption_dropout < 1.0:
@@ -50,6 +52,7 @@ class DiffusionTraining(pl.LightningModule):
         self.optimizer, self.objective, self.seed = optimizer, objective, seed
         self.caption_dropout = caption_dropout
         self.ema = EMA(self.unet, ema_decay, power)
+        self.alignment = Alignment(model.unet, repa) if repa else None
 
     @property
     def model(self) -> LatentDiffusion:
@@ -80,6 +83,10 @@ class DiffusionTraining(pl.LightningModule):
         drawn = self.objective.draw(self.seed, batch["position"], z, self.model.schedule.num_steps)
         error, weight = self.error(self.unet, z, drawn, context)
         loss = (weight * error).mean()
+        if self.alignment is not None:
+            aligned = self.alignment(batch["image"])
+            self.log("train/alignment", aligned.detach())
+            loss = loss + aligned
         self.log("train/mse", error.detach().mean())
         return loss
 
@@ -141,7 +148,9 @@ class DiffusionTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam over the UNet."""
-        return self.optimizer.build({"": [self.unet]}, self.trainer.max_steps)
+        return self.optimizer.build(
+            {"": [self.unet] if self.alignment is None else [self.unet, self.alignment]}, self.trainer.max_steps
+        )
 
     def contents(self) -> Contents:
         """What a checkpoint keeps: the whole model with the EMA weights, and the raw ones of the UNet."""

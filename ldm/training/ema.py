@@ -61,7 +61,8 @@ class EMA(pl.Callback):
         """What a resume needs goes into the checkpoint; snapshots, and a LoRA for diffusers, into the run's folder."""
         parts = {name: value for name, value in self.average.state_dict().items() if PARTS in name}
         checkpoint[BESIDE] = {"parts": parts} | {str(s): average.state_dict() for s, average in self.power.items()}
-        if trainer.is_global_zero:
+        # What is not finite is refused by the checkpoint, which says why.
+        if trainer.is_global_zero and all(p.isfinite().all() for p in self.average.parameters()):
             run = Path(trainer.default_root_dir)
             for sigma, average in self.power.items():
                 profile = averages.Profile(sigma, trainer.global_step)

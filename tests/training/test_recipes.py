@@ -161,3 +161,20 @@ def test_a_lora_is_trained_resumed_and_opens_as_a_whole_model(small: list[str], 
     torch.testing.assert_close(made, delta, rtol=0, atol=1e-6)
     assert door(train, [*small, "lora.rank=2", f"output={tmp_path / 'none'}"]) == 2
     assert "lora.rank adapts the weights of init=MODEL" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- REPA
+
+
+def test_alignment_is_trained_along_and_is_no_part_of_the_model(small: list[str], tmp_path: Path, capsys: Any) -> None:
+    more = ["repa=0.5", "cache=false", "optimizer.decay=constant", "validation.every=100"]
+    whole = run(small, tmp_path / "whole", *more, "trainer.max_steps=20")
+    curve = column(whole, "train/alignment")
+    # λ (1 - cos): 0.5 is what unrelated directions score; measured 0.085 at step 10, 0.077 at step 20.
+    assert curve[-1] < curve[0] < 0.2
+    assert not [name for name in weights(whole) if "head" in name]
+    halves = run(small, tmp_path / "halves", *more, "trainer.max_steps=10")
+    assert door(train, [f"resume={halves}", "trainer.max_steps=20"]) == 0
+    assert all(torch.equal(weights(halves)[name], value) for name, value in weights(whole).items())
+    assert door(train, [*small, "repa=0.5", f"output={tmp_path / 'none'}"]) == 2
+    assert "repa=0.5 needs images" in capsys.readouterr().err
