@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ldm import checkpoint
+from ldm import averages, checkpoint
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import Contents
-from ldm.diffusion import Schedule
+from ldm.diffusion import make_path
 from ldm.pipeline import Defaults, LatentDiffusion
 from ldm.text import TextEncoder
 from ldm.unet import UNet
@@ -56,13 +56,18 @@ def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None 
         if convert.is_foreign(path):
             contents, files = convert.read(path, weights, only)
             return contents, "" if only else convert.fingerprint(files)
-    contents = checkpoint.load(path, weights, only)
-    return contents, hashlib.sha256((path / checkpoint.MANIFEST).read_bytes()).hexdigest()[:16]
+    kind, _, length = weights.partition(":")
+    contents = checkpoint.load(path, weights if kind != "ema" else kind, only)
+    if length and "unet" in contents.components:
+        folder, step = path.parent.parent / averages.FOLDER, contents.settings.get("cursor", {}).get("step", 0)
+        checkpoint.assign(contents.components["unet"], averages.reconstruct(folder, float(length), step), str(folder))
+    manifest = (path / checkpoint.MANIFEST).read_bytes()
+    return contents, hashlib.sha256(manifest + length.encode()).hexdigest()[:16]
 
 
 def load(
     source: str | Path,  # a name, a path or a hub id
-    weights: str = "ema",  # or "raw"
+    weights: str = "ema",  # or "raw"; of a run with ``ema.power``, "ema:0.07" is the average of that σ_rel
     device: str | torch.device | None = None,  # None takes a GPU if there is one
     offload: bool = False,  # text tower and autoencoder wait on the CPU while they are idle: less GPU memory
 ) -> LatentDiffusion:
@@ -95,7 +100,7 @@ def load(
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     said = contents.settings
     defaults = Defaults(said["grid"], said["guidance_scale"], said["height"], said["width"])
-    schedule, null = Schedule(**said["schedule"]), contents.tensors.get("null_context")
+    schedule, null = make_path(said["schedule"]), contents.tensors.get("null_context")
     model = LatentDiffusion(
         unet, autoencoder, text_encoder, schedule, said["prediction"], defaults, null, name=name, offload=offload
     )

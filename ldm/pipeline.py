@@ -18,7 +18,7 @@ from ldm.autoencoder import Autoencoder
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
-from ldm.diffusion import Grid, Prediction, Schedule, evaluations, guided, make_grid, to_x0
+from ldm.diffusion import Flow, Grid, NoisePath, Prediction, evaluations, guided, make_grid, to_x0
 from ldm.diffusion.prediction import check_prediction
 from ldm.precision import PRECISIONS, choose
 from ldm.prepack import prepack
@@ -78,7 +78,7 @@ class LatentDiffusion:
         unet: UNet,
         autoencoder: Autoencoder,
         text_encoder: TextEncoder,
-        schedule: Schedule,
+        schedule: NoisePath,
         prediction: Prediction = "epsilon",  # what the UNet returns
         defaults: Defaults | None = None,
         null_context: Tensor | None = None,  # context of the empty prompt in training, (77, d); None computes it
@@ -91,8 +91,10 @@ class LatentDiffusion:
                 f"the UNet reads a context {unet.context_dim} wide, the text tower gives {text_encoder.width}; "
                 "choose a unet and a text tower that fit"
             )
-        if prediction == "epsilon" and schedule.arguments.get("zero_terminal"):
-            raise ValueError("zero terminal SNR begins with pure noise, where ε tells nothing; predict v or x0")
+        if prediction == "epsilon" and schedule.zero_terminal:
+            raise ValueError("zero terminal SNR begins with pure noise, where ε tells nothing; predict v, x0 or flow")
+        if prediction == "v" and isinstance(schedule, Flow):
+            raise ValueError("v is of paths with α² + σ² = 1, which diffusion=flow is not; predict flow or x0")
         self.unet, self.autoencoder, self.text_encoder = unet, autoencoder, text_encoder
         self.schedule, self.prediction, self.name, self.offload = schedule, prediction, name, offload
         self.defaults = Defaults() if defaults is None else defaults

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.diffusion import Schedule, guided
+from ldm.diffusion import Flow, Schedule, guided
 from ldm.pipeline import LatentDiffusion
 from ldm.provenance import read_png
 from ldm.safety import OpenNSFW
@@ -394,10 +394,13 @@ def test_auto_takes_twelve_steps_and_says_what_it_chose(model: LatentDiffusion) 
         model.sample("a red square", sampler="auto", grid="karras")
 
 
-def test_noise_prediction_under_zero_terminal_snr_is_refused(model: LatentDiffusion) -> None:
+def test_predictions_that_say_nothing_on_a_path_are_refused(model: LatentDiffusion) -> None:
     parts = model.unet, model.autoencoder, model.text_encoder
-    with pytest.raises(ValueError, match="predict v or x0"):
-        LatentDiffusion(*parts, Schedule(zero_terminal=True), "epsilon")
+    for path in (Schedule(zero_terminal=True), Flow()):
+        with pytest.raises(ValueError, match="predict v, x0 or flow"):
+            LatentDiffusion(*parts, path, "epsilon")
+    with pytest.raises(ValueError, match="predict flow or x0"):
+        LatentDiffusion(*parts, Flow(), "v")
     LatentDiffusion(*parts, Schedule(zero_terminal=True), "v").sample("a red square", steps=3)
 
 

@@ -12,6 +12,8 @@ TARGETS = (
     "ldm.autoencoder.CalibratedLoss",
     "ldm.data.ShardDataset",
     "ldm.data.emoji_dataset",
+    "ldm.diffusion.Flow",
+    "ldm.diffusion.Objective",
     "ldm.diffusion.Schedule",
     "ldm.training.data.DataModule",
     "ldm.training.optimizer.Optimizer",

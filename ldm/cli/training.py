@@ -228,6 +228,10 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
         raise FileNotFoundError(f"resume={run}: no run there (it holds no config.yaml); give the folder of a training")
     cfg: Any = OmegaConf.load(run / "config.yaml")  # type: ignore[no-redef]
     cfg.output = str(run)  # it may have been moved
+    if "min_snr" in cfg:  # of an early version, whose stage two had no other setting of its loss
+        gamma = cfg.pop("min_snr")
+        if cfg.stage == "diffusion":
+            cfg.loss = {"_target_": "ldm.diffusion.Objective", "min_snr": gamma}
     OmegaConf.set_struct(cfg, True)
     for key, value in given.items():
         if not key.startswith(_SETTINGS_OF_SPEED):
@@ -256,12 +260,14 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    from ldm.diffusion import Objective
     from ldm.loading import load_autoencoder
     from ldm.pipeline import Defaults, LatentDiffusion
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.diffusion import DiffusionTraining
     from ldm.training.guard import Limits
     from ldm.training.loggers import check_wandb
+    from ldm.training.lora import adapt
     from ldm.training.run import Intervals
 
     check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
@@ -272,6 +278,10 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
     folder = Path(cfg.cache) if isinstance(cfg.cache, str) else None
+    loss = instantiate(cfg.loss, _convert_="all")
+    if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
+        rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
+        raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
     module: AutoencoderTraining | DiffusionTraining
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
@@ -279,7 +289,6 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             autoencoder = instantiate(cfg.autoencoder, _convert_="all")
             if cfg.init is not None:
                 autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
-            loss = instantiate(cfg.loss, _convert_="all")
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
             perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
             terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual)
@@ -290,12 +299,23 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             autoencoder, text_encoder = _encoders(cfg)
             defaults = Defaults(cfg.diffusion.grid, cfg.diffusion.guidance_scale, data.height, data.width)
             schedule = instantiate(cfg.diffusion.schedule, _convert_="all")
-            model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, cfg.diffusion.prediction, defaults)
+            prediction: Any = "epsilon" if cfg.diffusion.prediction == "eps" else cfg.diffusion.prediction
+            model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, prediction, defaults)
             if cfg.init is not None:
                 from ldm.loading import load
 
                 unet.load_state_dict(load(cfg.init, device="cpu").unet.float().state_dict())
-            module = DiffusionTraining(model, optimizer, cfg.caption_dropout, cfg.min_snr, cfg.ema_decay, cfg.seed)
+            rank, power = cfg.get("lora", {}).get("rank"), list(cfg.get("ema", {}).get("power", []))
+            if rank is not None:
+                if cfg.init is None or power:
+                    raise ValueError(
+                        "lora.rank adapts the weights of init=MODEL, without ema.power; give init, or no rank"
+                    )
+                adapt(unet, rank, list(cfg.lora.targets))
+            if (repa := cfg.get("repa", 0.0)) and cfg.cache:
+                raise ValueError(f"repa={repa} needs images, which the cache of latents has not; set cache=false")
+            averaging = (cfg.ema_decay, cfg.seed, power)
+            module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, *averaging, repa)
             encoders = (autoencoder, text_encoder) if folder or (cfg.cache and cached) else None
     data.prepare(cfg.seed, encoders, cfg.validation.images, folder)
     options = {

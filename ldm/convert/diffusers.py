@@ -22,7 +22,7 @@ from ldm.checkpoint import Contents, check_finite
 from ldm.convert.names import DIFFUSERS, facts, naming
 from ldm.convert.tensors import PICKLES, SD_SCALE, Source, build, open_pickle, open_safetensors, read_json
 from ldm.convert.tokenizer import has_tokenizer, read_tokenizer, write_tokenizer
-from ldm.diffusion import Schedule
+from ldm.diffusion import Flow, Schedule
 from ldm.pipeline import LatentDiffusion
 from ldm.text import TextEncoder, clip_tokenizer
 from ldm.unet import UNet
@@ -202,6 +202,8 @@ def _check(model: LatentDiffusion) -> None:
     autoencoder, text, faults = model.autoencoder, model.text_encoder, []
     if text.family != "clip":
         faults.append(f"its text tower is {text.family}, and the format's is CLIP")
+    if model.prediction == "flow" or isinstance(model.schedule, Flow):
+        faults.append("it was trained by flow matching, and the format's schedules are variance-preserving")
     if autoencoder.stem != 1:
         faults.append(f"its autoencoder has a stem of {autoencoder.stem}, and the format's has 1")
     if autoencoder.latent_mean.any() or (autoencoder.latent_std != autoencoder.latent_std[0]).any():

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import NoisePath
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Grid:
 
     Attributes:
         times: falling, steps + 1 of them; the last is where the sampler ends, -1 for a clean image.
-        alpha: √ᾱ at each time.
-        sigma: √(1 - ᾱ) at each time.
+        alpha: the signal at each time.
+        sigma: the noise at each time.
     """
 
     times: tuple[float, ...]
@@ -47,7 +48,7 @@ class Grid:
         return Grid(self.times[first:], self.alpha[first:], self.sigma[first:])
 
 
-def leading(steps: int, schedule: Schedule) -> np.ndarray:
+def leading(steps: int, schedule: NoisePath) -> np.ndarray:
     """0, k, 2k, … with k = num_steps // steps, and one added where there is room: SD 1.x's own grid.
 
     It begins below the noisiest step. SD's samplers end at step 0, not at a clean image.
@@ -57,18 +58,18 @@ def leading(steps: int, schedule: Schedule) -> np.ndarray:
     return np.append(np.arange(steps)[::-1] * k + offset, 0 if offset else -1)
 
 
-def trailing(steps: int, schedule: Schedule) -> np.ndarray:
+def trailing(steps: int, schedule: NoisePath) -> np.ndarray:
     """Equal strides down from the noisiest step (Lin et al., 2305.08891, §3.3), ending at a clean image."""
     num_steps = schedule.num_steps
     return np.append(np.rint(num_steps - np.arange(steps) * num_steps / steps) - 1, -1)
 
 
-def linspace(steps: int, schedule: Schedule) -> np.ndarray:
+def linspace(steps: int, schedule: NoisePath) -> np.ndarray:
     """Equal strides between the noisiest and the first step, both visited, ending at a clean image."""
     return np.append(np.rint(np.linspace(schedule.num_steps - 1, 0, steps)), -1)
 
 
-def karras(steps: int, schedule: Schedule, rho: float = 7.0) -> np.ndarray:
+def karras(steps: int, schedule: NoisePath, rho: float = 7.0) -> np.ndarray:
     """Equal strides in σ̃^(1/ρ), σ̃ = σ/α = e^-λ (Karras et al., 2206.00364, eq. 5), ending at a clean image.
 
     Args:
@@ -83,7 +84,7 @@ def karras(steps: int, schedule: Schedule, rho: float = 7.0) -> np.ndarray:
     return _at(schedule, steps, place)
 
 
-def logsnr(steps: int, schedule: Schedule) -> np.ndarray:
+def logsnr(steps: int, schedule: NoisePath) -> np.ndarray:
     """Equal strides in log-SNR between the noisiest and the first step, both visited, ending at a clean image."""
     return _at(schedule, steps, np.linspace)
 
@@ -93,7 +94,7 @@ def logsnr(steps: int, schedule: Schedule) -> np.ndarray:
 CENTRE, RISE, FALL, FLOOR, END = -1.06, 0.575, 1.86, 0.068, 0.8
 
 
-def fitted(steps: int, schedule: Schedule) -> np.ndarray:
+def fitted(steps: int, schedule: NoisePath) -> np.ndarray:
     """Times at equal quantiles of a density over λ that measures best with ``adams``, ending at a clean image.
 
     ρ(λ) = 1 / (e^(-(λ - c)/a) + e^((λ - c)/b)) + floor. The five numbers were fitted on Gaussian mixtures under the
@@ -110,7 +111,7 @@ def fitted(steps: int, schedule: Schedule) -> np.ndarray:
     return _at(schedule, steps, place)
 
 
-def _at(schedule: Schedule, steps: int, place: Callable[[float, float, int], np.ndarray]) -> np.ndarray:
+def _at(schedule: NoisePath, steps: int, place: Callable[[float, float, int], np.ndarray]) -> np.ndarray:
     """Times whose λ are ``place(low, high, n)``, then a clean image; the noisiest step comes first if its λ is -∞."""
     last = schedule.num_steps - 1
     head = [float(last)] if math.isinf(schedule.log_snr(last).item()) else []
@@ -119,7 +120,7 @@ def _at(schedule: Schedule, steps: int, place: Callable[[float, float, int], np.
     return np.concatenate([head, times, [-1.0]])
 
 
-GRIDS: dict[str, Callable[[int, Schedule], np.ndarray]] = {
+GRIDS: dict[str, Callable[[int, NoisePath], np.ndarray]] = {
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,
@@ -129,7 +130,7 @@ GRIDS: dict[str, Callable[[int, Schedule], np.ndarray]] = {
 }
 
 
-def make_grid(name: str, steps: int, schedule: Schedule, rho: float | None = None) -> Grid:
+def make_grid(name: str, steps: int, schedule: NoisePath, rho: float | None = None) -> Grid:
     """The grid of a name over a schedule.
 
     Args:
@@ -151,5 +152,5 @@ def make_grid(name: str, steps: int, schedule: Schedule, rho: float | None = Non
             raise ValueError(f"rho={rho} with grid={name}: the rule is a number above 0, with grid=karras alone")
         place = partial(karras, rho=rho)
     times = place(steps, schedule).astype(np.float64)
-    alpha_bar = schedule.alpha_bar_at(times)  # type: ignore[arg-type]
-    return Grid(tuple(times.tolist()), tuple(alpha_bar.sqrt().tolist()), tuple((1 - alpha_bar).sqrt().tolist()))
+    alpha, sigma = (f(torch.from_numpy(times)) for f in (schedule.alpha, schedule.sigma))
+    return Grid(tuple(times.tolist()), tuple(alpha.tolist()), tuple(sigma.tolist()))

@@ -16,7 +16,7 @@ def per_sample_error(prediction: Tensor, target: Tensor) -> Tensor:
 def min_snr_weight(log_snr: Tensor, kind: Prediction, gamma: float | None) -> Tensor:
     """Weight of an image: min(SNR, γ) on the error of x0 (Hang et al., 2303.09556, eq. 8), as seen by the prediction.
 
-    The error of x0 is that of ε divided by SNR, and that of v divided by SNR + 1.
+    The error of x0 is that of ε divided by SNR, that of v divided by SNR + 1, and that of the flow by (√SNR + 1)².
 
     Args:
         log_snr: log SNR of each image, shape (n,).
@@ -33,4 +33,6 @@ def min_snr_weight(log_snr: Tensor, kind: Prediction, gamma: float | None) -> Te
         raise ValueError(f"min_snr={gamma} must be above 0, or null for no weighting")
     snr = log_snr.exp()
     capped = snr.clamp(max=gamma)
+    if kind == "flow":
+        return capped / (snr.sqrt() + 1.0) ** 2
     return capped if kind == "x0" else capped / snr if kind == "epsilon" else capped / (snr + 1.0)

@@ -37,7 +37,8 @@ Weights = Callable[[float, float, Sequence[float]], list[float]]
 def ddim(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Tensor:
     """DDIM (Song et al., 2010.02502, eq. 12 and 16); first order in the step.
 
-    z_s = α_s x̂0 + √(σ_s² - c²) ε̂ + c ε,  c = η (σ_s / σ_t) √(1 - α_t² / α_s²).
+    z_s = α_s x̂0 + √(σ_s² - c²) ε̂ + c ε,  c = η (σ_s / σ_t) √(1 - α_t² / α_s²), or for any path
+    c = η σ_s √(1 - (σ̃_s / σ̃_t)²).
 
     Two samplers of Karras' variables are this one, to the last algebraic step, and go by their names in the table.
     Euler's step y_s = y_t + (σ̃_s - σ̃_t) ε̂ is DDIM at η = 0. Its ancestral form, with
@@ -57,7 +58,7 @@ def ddim(denoise: Denoise, z: Tensor, grid: Grid, noise: Noise, eta: float = 0.0
         x0 = denoise(z, i)
         eps = (z - alpha_t * x0) / sigma_t
         # At η > 1 the fresh noise may not exceed all the noise of the next time.
-        c = min(eta * sigma_s / sigma_t * max(1.0 - (alpha_t / alpha_s) ** 2, 0.0) ** 0.5, sigma_s)
+        c = min(eta * sigma_s * max(1.0 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2, 0.0) ** 0.5, sigma_s)
         z = alpha_s * x0 + (sigma_s**2 - c**2) ** 0.5 * eps
         if c > 0.0:
             z = z + c * noise(i)

@@ -1,4 +1,7 @@
-"""The noise schedule: how much of the image is left at time t. z_t = α_t z_0 + σ_t ε, with α² = ᾱ and σ² = 1 - ᾱ."""
+"""The path from image to noise: how much of the image is left at time t, z_t = α_t z_0 + σ_t ε.
+
+Two paths with one interface: :class:`Schedule`, with α² = ᾱ and σ² = 1 - ᾱ, and :class:`Flow`, with α + σ = 1.
+"""
 
 from __future__ import annotations
 
@@ -106,6 +109,55 @@ class Schedule:
             Noisy latents, in the type of z.
         """
         return per_image(self.alpha(t.cpu()), z) * z + per_image(self.sigma(t.cpu()), z) * eps
+
+
+class Flow:
+    """The straight path of flow matching (Lipman et al., 2210.02747, eq. 22; Liu et al., 2209.03003, eq. 1).
+
+    α = 1 - τ, σ = τ, τ = (t + 1) / num_steps: 0 at the clean image, t = -1, and 1 at pure noise, the last time. Its
+    ``alpha_bar`` is that of the variance-preserving path of the same SNR.
+    """
+
+    zero_terminal = True  # no image is left at the last time
+
+    def __init__(self, name: Literal["flow"] = "flow", num_steps: int = 1000) -> None:
+        if name != "flow" or num_steps < 2:
+            raise ValueError(f"name={name!r}, num_steps={num_steps}: the rule is flow, and at least two steps")
+        self.arguments: dict[str, Any] = {"name": name, "num_steps": num_steps}
+        self.num_steps = num_steps
+        t = torch.arange(num_steps)
+        self.alpha_bar = self.alpha(t) ** 2 / (self.alpha(t) ** 2 + self.sigma(t) ** 2)
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """α = 1 - τ, float64, the shape of t."""
+        return 1.0 - self.sigma(t)
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """σ = τ at real times in [-1, num_steps - 1], float64, the shape of t."""
+        time = torch.as_tensor(t, dtype=torch.float64)
+        if not bool(((time >= -1.0) & (time <= self.num_steps - 1)).all()):
+            raise ValueError(f"time {t}: the rule is -1 <= t <= {self.num_steps - 1}")
+        return (time + 1.0) / self.num_steps
+
+    def log_snr(self, t: Tensor | float) -> Tensor:
+        """2 log (1 - τ)/τ; see :class:`Schedule` for this and what follows."""
+        return 2.0 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def time(self, log_snr: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`log_snr`."""
+        return np.clip(self.num_steps / (1.0 + np.exp(log_snr / 2.0)) - 1.0, 0.0, self.num_steps - 1.0)
+
+    def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """z_t = (1 - τ) z_0 + τ ε."""
+        return per_image(self.alpha(t.cpu()), z) * z + per_image(self.sigma(t.cpu()), z) * eps
+
+
+NoisePath = Schedule | Flow
+
+
+def make_path(arguments: dict[str, Any]) -> NoisePath:
+    """The path that a manifest describes."""
+    return Flow(**arguments) if arguments.get("name") == "flow" else Schedule(**arguments)
 
 
 def per_image(value: Tensor, like: Tensor) -> Tensor:

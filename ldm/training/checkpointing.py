@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm import checkpoint
 from ldm.checkpoint import Contents
 from ldm.data.shards import write_atomically
-from ldm.training.ema import AVERAGE
+from ldm.training.ema import AVERAGE, PARTS
 from ldm.training.sharded import gathered
 
 WEIGHTS = "state_dict"  # Lightning's name for the module's weights
@@ -47,8 +47,8 @@ class FolderIO(CheckpointIO):
             return
         contents.settings["cursor"] = {**self.cursor, "step": checkpoint_dict["global_step"]}
         state = {key: value for key, value in checkpoint_dict.items() if key != WEIGHTS}
-        prefixes = tuple(f"{name}." for name in contents.raw)
-        state["rest"] = {k: v for k, v in checkpoint_dict[WEIGHTS].items() if not k.startswith(prefixes)}
+        held = {f"{name}.{key}" for name, weights in contents.raw.items() for key in weights}
+        state["rest"] = {k: v for k, v in checkpoint_dict[WEIGHTS].items() if k not in held}
         checkpoint.save(path, contents, state, share=self._last)
         self._last = path
 
@@ -61,7 +61,10 @@ class FolderIO(CheckpointIO):
         for name in manifest["components"]:
             if f"{name}.raw.safetensors" in manifest["files"]:
                 raw = checkpoint.read_tensors(root, manifest, f"{name}.raw.safetensors")
-                weights |= {f"{name}.{key}": value for key, value in raw.items()}
+                # Of a weight with factors (LoRA) the rest holds the parts, and the file what they make together.
+                parted = {f"{name}.{key}" for key in raw} & {k.replace(PARTS, ".").removesuffix(".original")
+                          for k in weights}  # fmt: skip
+                weights |= {f"{name}.{key}": value for key, value in raw.items() if f"{name}.{key}" not in parted}
                 average = checkpoint.read_tensors(root, manifest, f"{name}.safetensors")
         self._last = root
         return {**state, WEIGHTS: weights, AVERAGE: average}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from ldm import randomness
 from ldm.checkpoint import Contents
-from ldm.diffusion import min_snr_weight, per_sample_error, target
+from ldm.diffusion import Draw, Objective, per_sample_error, target
 from ldm.diffusion.schedule import per_image
 from ldm.pipeline import LatentDiffusion
+from ldm.training.alignment import Alignment
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
+from ldm.training.lora import factors, merged
 from ldm.training.optimizer import Optimizer
 
 VALIDATION_BINS = 4  # ranges of timesteps, each validation image once in each
@@ -30,19 +33,24 @@ class DiffusionTraining(pl.LightningModule):
         self,
         model: LatentDiffusion,
         optimizer: Optimizer,
+        objective: Objective,
         caption_dropout: float = 0.1,  # share of captions replaced by the null context
-        min_snr: float | None = None,  # γ of min-SNR weighting; None weighs all timesteps alike
         ema_decay: float = 0.999,
         seed: int = 0,
+        power: Sequence[float] = (),  # lengths σ_rel of averages that are kept for later
+        repa: float = 0.0,  # λ of representation alignment; 0 has none
     ) -> None:
         super().__init__()
         if not 0.0 <= caption_dropout < 1.0:
             raise ValueError(f"caption_dropout={caption_dropout}: the rule is 0 <= rate < 1; 0.1 is usual")
-        self.unet = model.unet.train().requires_grad_(True)
+        self.unet = model.unet.train()
+        if not any(factors(self.unet)):  # of a LoRA, which alone are trained
+            self.unet.requires_grad_(True)
         self._frozen = [model]  # in a list, so that the frozen parts are not taken for parameters of this module
-        self.optimizer, self.seed = optimizer, seed
-        self.caption_dropout, self.min_snr = caption_dropout, min_snr
-        self.ema = EMA(self.unet, ema_decay)
+        self.optimizer, self.objective, self.seed = optimizer, objective, seed
+        self.caption_dropout = caption_dropout
+        self.ema = EMA(self.unet, ema_decay, power)
+        self.alignment = Alignment(model.unet, repa) if repa else None
 
     @property
     def model(self) -> LatentDiffusion:
@@ -70,9 +78,13 @@ class DiffusionTraining(pl.LightningModule):
         """Encode → drop captions → draw t and noise → loss → log."""
         z, context = self.encode(batch)
         context = self.drop_captions(context, batch["position"])
-        t, eps = self.draw(z, batch["position"])
-        error, weight = self.error(self.unet, z, eps, t, context)
+        drawn = self.objective.draw(self.seed, batch["position"], z, self.model.schedule.num_steps)
+        error, weight = self.error(self.unet, z, drawn, context)
         loss = (weight * error).mean()
+        if self.alignment is not None:
+            aligned = self.alignment(batch["image"])
+            self.log("train/alignment", aligned.detach())
+            loss = loss + aligned
         self.log("train/mse", error.detach().mean())
         return loss
 
@@ -97,18 +109,12 @@ class DiffusionTraining(pl.LightningModule):
         self.log("train/dropped_captions", drop.float().mean())
         return torch.where(drop[:, None, None], self.model.null_context.to(context), context)
 
-    def draw(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps (n,), uniform, and noise shaped as z."""
-        steps = self.model.schedule.num_steps
-        t = [randomness.integer(self.seed, "timestep", int(p), steps) for p in positions]
-        return torch.tensor(t, device=z.device), randomness.normals(self.seed, "noise", positions, z)
-
-    def error(self, unet: torch.nn.Module, z: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def error(self, unet: torch.nn.Module, z: Tensor, drawn: Draw, context: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of each sample's prediction, and its weight: (n,), (n,)."""
-        schedule, kind = self.model.schedule, self.model.prediction
+        schedule, kind, (t, eps, added) = self.model.schedule, self.model.prediction, drawn
         alpha, sigma = (per_image(f(t.cpu()), z) for f in (schedule.alpha, schedule.sigma))
-        prediction = unet(schedule.add_noise(z, eps, t), t, context)
-        weight = min_snr_weight(schedule.log_snr(t.cpu()), kind, self.min_snr).to(z)
+        prediction = unet(schedule.add_noise(z, added, t), t, context)
+        weight = self.objective.weight(schedule.log_snr(t.cpu()), kind).to(z)
         return per_sample_error(prediction, target(kind, z, eps, alpha, sigma)), weight
 
     def validation_step(self, batch: dict[str, Any]) -> None:
@@ -122,7 +128,7 @@ class DiffusionTraining(pl.LightningModule):
             eps = randomness.normals(0, f"validation noise {k}", positions, z)
             times = torch.tensor(t, device=z.device)
             for name, unet in (("", self.unet), ("_ema", self.ema.average)):
-                error = self.error(unet, z, eps, times, context)[0].mean()
+                error = self.error(unet, z, Draw(times, eps, eps), context)[0].mean()
                 self.log(f"val/mse{name}_t{low}-{high - 1}", error, sync_dist=True, batch_size=len(z))
                 self._sums.setdefault(name, []).append(float(error) * len(z))
         self._seen += len(z)
@@ -140,10 +146,13 @@ class DiffusionTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam over the UNet."""
-        return self.optimizer.build({"": [self.unet]}, self.trainer.max_steps)
+        return self.optimizer.build(
+            {"": [self.unet] if self.alignment is None else [self.unet, self.alignment]}, self.trainer.max_steps
+        )
 
     def contents(self) -> Contents:
         """What a checkpoint keeps: the whole model with the EMA weights, and the raw ones of the UNet."""
         contents = self.averaged_model().contents()
-        contents.raw = {"unet": self.unet.state_dict()}
+        contents.components["unet"] = merged(self.ema.average)  # type: ignore[arg-type]
+        contents.raw = {"unet": merged(self.unet).state_dict()}
         return contents

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.diffusion import Schedule, guided, min_snr_weight, target, to_eps, to_x0
+from ldm.diffusion import Flow, Schedule, guided, make_path, min_snr_weight, target, to_eps, to_x0
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,41 @@ def test_zero_terminal_leaves_no_image_at_the_last_step_and_the_first_as_it_was(
     assert Schedule(**rescaled.arguments).alpha_bar.equal(rescaled.alpha_bar)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v", "x0"])
-def test_each_prediction_gives_image_and_noise_back(kind: str) -> None:
-    schedule, t = Schedule(), torch.tensor([3, 500, 999])
+def test_the_straight_path_runs_from_image_to_noise_in_equal_steps() -> None:
+    flow, t = Flow(), torch.linspace(-1.0, 999.0, 11, dtype=torch.float64)
+    torch.testing.assert_close(flow.sigma(t), torch.linspace(0.0, 1.0, 11, dtype=torch.float64))
+    torch.testing.assert_close(flow.alpha(t) + flow.sigma(t), torch.ones_like(t))
+    assert flow.alpha(999.0) == 0.0
+    assert flow.alpha_bar.dtype == torch.float64
+    torch.testing.assert_close((flow.alpha_bar / (1 - flow.alpha_bar)).log(), flow.log_snr(torch.arange(1000)))
+    inner = np.linspace(0.0, 998.0, 777)
+    np.testing.assert_allclose(flow.time(flow.log_snr(torch.from_numpy(inner)).numpy()), inner, atol=1e-9)
+    assert flow.time(np.array([-99.0, 99.0])).tolist() == [999.0, 0.0]
+    for wrong in (-1.1, 999.5, math.nan):
+        with pytest.raises(ValueError, match="the rule is"):
+            flow.sigma(wrong)
+
+
+def test_the_flow_is_the_velocity_along_the_straight_path() -> None:
+    z, eps = torch.randn(2, 5, 4, dtype=torch.float64).unbind(0)
+    flow, t, h = Flow(), torch.full((5,), 400.0), 1.0
+    slope = (flow.add_noise(z, eps, t + h) - flow.add_noise(z, eps, t)) / (h / flow.num_steps)
+    torch.testing.assert_close(slope, target("flow", z, eps, torch.tensor(0.6), torch.tensor(0.4)))
+
+
+@pytest.mark.parametrize("path", [Flow(num_steps=100), Schedule("scaled_linear", 500, 1e-3, 0.01, zero_terminal=True)])
+def test_a_path_is_made_again_from_its_arguments(path: Schedule | Flow) -> None:
+    again = make_path(path.arguments)
+    assert type(again) is type(path)
+    assert torch.equal(again.alpha_bar, path.alpha_bar)
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [(k, Schedule()) for k in ("epsilon", "v", "x0", "flow")] + [(k, Flow()) for k in ("x0", "flow")],
+)
+def test_each_prediction_gives_image_and_noise_back(kind: str, schedule: Schedule | Flow) -> None:
+    t = torch.tensor([3, 500, 999])
     z, eps = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64).unbind(0)
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     z_t = schedule.add_noise(z, eps, t)
@@ -84,12 +116,13 @@ def test_min_snr_weighs_the_same_error_of_x0_whatever_is_predicted() -> None:
     z = alpha * x0 + sigma * eps
     wrong_eps = (z - alpha * wrong) / sigma
     losses = []
-    for kind in ("x0", "epsilon", "v"):
+    for kind in ("x0", "epsilon", "v", "flow"):
         error = target(kind, wrong, wrong_eps, alpha, sigma) - target(kind, x0, eps, alpha, sigma)  # type: ignore[arg-type]
         losses.append(min_snr_weight(snr.log(), kind, 5.0) * error**2)  # type: ignore[arg-type]
     torch.testing.assert_close(losses[0], snr.clamp(max=5) * (wrong - x0) ** 2)
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
+    torch.testing.assert_close(losses[3], losses[0])
 
 
 def test_guidance_extrapolates_from_negative_to_positive_and_makes_one_pass_at_one() -> None:

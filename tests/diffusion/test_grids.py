@@ -5,23 +5,23 @@ import math
 import numpy as np
 import pytest
 
-from ldm.diffusion import GRIDS, Schedule, make_grid
+from ldm.diffusion import GRIDS, Flow, Schedule, make_grid
 
 REAL = ("karras", "logsnr", "fitted")  # grids of real times
 
 
-@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(zero_terminal=True), Flow()], ids=["", "zero", "flow"])
 @pytest.mark.parametrize("name", sorted(GRIDS))
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 999, 1000])
-def test_every_grid_falls_and_stays_on_the_schedule(name: str, steps: int, zero_terminal: bool) -> None:
-    schedule = Schedule(zero_terminal=zero_terminal)
+def test_every_grid_falls_and_stays_on_the_schedule(name: str, steps: int, schedule: Schedule | Flow) -> None:
     grid = make_grid(name, steps, schedule)
     times = np.array(grid.times)
     assert grid.steps == steps
     assert (np.diff(times) < 0).all()
     assert times[0] == 999 if name != "leading" else times[0] <= 999
     assert times[-1] in (-1, 0)
-    np.testing.assert_allclose(np.array(grid.alpha) ** 2 + np.array(grid.sigma) ** 2, 1.0, rtol=1e-12)
+    power = 1 if isinstance(schedule, Flow) else 2
+    np.testing.assert_allclose(np.array(grid.alpha) ** power + np.array(grid.sigma) ** power, 1.0, rtol=1e-12)
 
 
 def test_leading_grid_is_that_of_stable_diffusion() -> None:

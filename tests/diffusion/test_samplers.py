@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.diffusion import GRIDS, SAMPLERS, Grid, Schedule, choose, evaluations, make_grid
+from ldm.diffusion import GRIDS, SAMPLERS, Flow, Grid, Schedule, choose, evaluations, make_grid
 from ldm.diffusion.samplers import in_alpha, in_lambda
 from ldm.randomness import normal
 from tests.benchmarks.solvers import Mixture, errors, exact, ours
@@ -61,6 +61,48 @@ def test_samplers_converge_at_their_order(name: str, order: int, finest: torch.T
     measured = [math.log2(a / b) for a, b in pairwise(found)]
     # Where two terms of the error cancel in part, a measured order is off by some tenths.
     assert all(abs(o - order) < 0.45 for o in measured), (found, measured)
+
+
+def on_the_straight_path(grid: Grid) -> Grid:
+    """The same SNRs, with α + σ = 1."""
+    both = [(a / (a + s), s / (a + s)) for a, s in zip(grid.alpha, grid.sigma, strict=True)]
+    return Grid(grid.times, *(tuple(v) for v in zip(*both, strict=True)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "order"), ORDERS.items())
+def test_samplers_converge_at_their_order_on_the_path_of_flow_matching(
+    name: str, order: int, finest: torch.Tensor
+) -> None:
+    """z/α of the probability-flow ODE hangs on the SNR alone (2206.00364, eq. 1), so both paths share their ends."""
+    found = []
+    for n in (80, 160, 320):
+        curved = smooth_grid(n)
+        straight = on_the_straight_path(curved)
+        z = run(name, straight, 100, mixture(100).starts * (straight.alpha[0] / curved.alpha[0]))
+        found.append(errors(z * (curved.alpha[-1] / straight.alpha[-1]), finest).square().mean().sqrt().item())
+    measured = [math.log2(a / b) for a, b in pairwise(found)]
+    assert all(abs(o - order) < 0.45 for o in measured), (found, measured)  # as on the curved path
+
+
+def test_samplers_follow_the_velocity_of_flow_matching() -> None:
+    """dz/dτ = E[ε - x0 | z] (2210.02747, eq. 1), by the classical Runge-Kutta from τ = 1 to 0."""
+    data, n = mixture(100), 400
+
+    def u(z: torch.Tensor, tau: float) -> torch.Tensor:
+        tau = max(tau, 1e-9)
+        x0 = data.x0(z, 1.0 - tau, tau)
+        return (z - x0) / tau  # ε = (z - (1 - τ) x0)/τ, less x0
+
+    z, h = data.starts, -1.0 / n
+    for i in range(n):
+        tau = 1.0 - i / n
+        k1 = u(z, tau)
+        k2 = u(z + h / 2 * k1, tau + h / 2)
+        k3 = u(z + h / 2 * k2, tau + h / 2)
+        z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + u(z + h * k3, tau + h))
+    for name, grid, most in (("ddim", "trailing", 2e-2), ("heun", "trailing", 2e-3), ("adams_3", "fitted", 1e-3)):
+        # Of the mixture's unit scale, at 200 steps; heun and adams_3 stop short of τ = 0 by one step of Euler's.
+        assert errors(run(name, make_grid(grid, 200, Flow()), 100), z).median() < most, name
 
 
 def test_plms_converges_at_second_order_in_the_middle_of_the_schedule() -> None:
@@ -118,9 +160,12 @@ def test_weights_integrate_the_polynomials_they_are_made_for() -> None:
     [("ddim", 0.0, 250), ("ddim", 0.5, 250), ("ddim", 1.0, 250), ("ddpm", None, 250), ("euler_a", None, 250),
      ("dpmpp_2m_sde", None, 100), ("heun", None, 40), ("adams_3", None, 40), ("plms", None, 60)],
 )  # fmt: skip
-def test_samplers_draw_the_mixture_they_are_given(name: str, eta: float | None, steps: int) -> None:
+@pytest.mark.parametrize("path", [Schedule(), Flow()], ids=["schedule", "flow"])
+def test_samplers_draw_the_mixture_they_are_given(
+    path: Schedule | Flow, name: str, eta: float | None, steps: int
+) -> None:
     n = 6000
-    x = run(name, make_grid("trailing", steps, Schedule()), n, eta=eta)
+    x = run(name, make_grid("trailing", steps, path), n, eta=eta)
     nearest = (x[:, None] - MEANS).square().sum(-1).argmin(1)
     share = torch.bincount(nearest, minlength=3) / n
     # Standard errors at n = 6,000 are 0.0065 of a share and 0.013 of a coordinate's mean.
@@ -151,9 +196,9 @@ def test_solvers_of_the_ode_call_for_no_noise(name: str) -> None:
 @pytest.mark.parametrize("grid", sorted(GRIDS))
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_every_sampler_runs_on_every_grid_and_tail_and_counts_its_evaluations(name: str, grid: str) -> None:
-    for zero_terminal in (False, True):
+    for path in (Schedule(), Schedule(zero_terminal=True), Flow()):
         for steps, first in ((1, 0), (2, 0), (3, 1), (9, 0), (9, 4), (9, 8)):
-            times = make_grid(grid, steps, Schedule(zero_terminal=zero_terminal)).tail(first)
+            times = make_grid(grid, steps, path).tail(first)
             calls = []
 
             def denoise(z: torch.Tensor, i: int, calls: list[int] = calls, times: Grid = times) -> torch.Tensor:

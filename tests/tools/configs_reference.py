@@ -24,7 +24,7 @@ ABOUT = {
     "autoencoder": "The autoencoder of stage one; stage two takes its weights from `autoencoder.weights`.",
     "unet": "The denoiser of stage two.",
     "diffusion": "The schedule, what the UNet predicts, and what the model recommends to who samples from it.",
-    "loss": "The loss of stage one. That of stage two is `min_snr` in `train.yaml`.",
+    "loss": "What is minimised: `gaussian` and `laplace` are of stage one, `diffusion` of stage two.",
     "adversarial": "Stage one: a discriminator beside the likelihood; none by default.",
     "perceptual": "Stage one: a perceptual distance beside the likelihood; none by default.",
     "optimizer": "The optimiser of either stage.",
