@@ -25,11 +25,14 @@ def said_on_stderr(notebook: object) -> str:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
-# The last one trains twice, which is more than a third of the time of all.
-MARKED = [pytest.param(path, marks=[pytest.mark.slow] * path.name.startswith("05"), id=path.stem) for path in NOTEBOOKS]
+# The last two train: more than half of the time of all.
+TRAINING = ("05", "06")
+MARKED = [
+    pytest.param(path, marks=[pytest.mark.slow] * path.name.startswith(TRAINING), id=path.stem) for path in NOTEBOOKS
+]
 
 
 @pytest.mark.parametrize("path", MARKED)

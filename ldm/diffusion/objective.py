@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ldm import randomness
 from ldm.diffusion.loss import min_snr_weight
-from ldm.diffusion.prediction import Prediction
 
 
 class Draw(NamedTuple):
@@ -78,7 +77,3 @@ class Objective:
             return randomness.integer(seed, "timestep", position, num_steps)
         logit = self.logit_mean + self.logit_std * randomness.normal(seed, "logit timestep", position, (1,)).item()
         return min(int(num_steps / (1.0 + math.exp(-logit))), num_steps - 1)
-
-    def weight(self, log_snr: Tensor, kind: Prediction) -> Tensor:
-        """Of each sample's error, from the log SNR of its time: (n,) → (n,)."""
-        return min_snr_weight(log_snr, kind, self.min_snr)

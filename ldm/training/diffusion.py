@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm import randomness
 from ldm.checkpoint import Contents
-from ldm.diffusion import Draw, Objective, per_sample_error, target
+from ldm.diffusion import Draw, Objective, min_snr_weight, per_sample_error, target
 from ldm.diffusion.schedule import per_image
 from ldm.pipeline import LatentDiffusion
 from ldm.training.alignment import Alignment
@@ -114,7 +114,7 @@ class DiffusionTraining(pl.LightningModule):
         schedule, kind, (t, eps, added) = self.model.schedule, self.model.prediction, drawn
         alpha, sigma = (per_image(f(t.cpu()), z) for f in (schedule.alpha, schedule.sigma))
         prediction = unet(schedule.add_noise(z, added, t), t, context)
-        weight = self.objective.weight(schedule.log_snr(t.cpu()), kind).to(z)
+        weight = min_snr_weight(schedule.log_snr(t.cpu()), kind, self.objective.min_snr).to(z)
         return per_sample_error(prediction, target(kind, z, eps, alpha, sigma)), weight
 
     def validation_step(self, batch: dict[str, Any]) -> None:
