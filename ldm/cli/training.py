@@ -72,20 +72,17 @@ def train(arguments: list[str]) -> int:
 
 def submit(cfg: Any, arguments: Sequence[str]) -> int:
     """Hand the same command to SLURM, which runs it once a device; ``trainer.slurm`` are options of ``sbatch``."""
-    nodes, devices, output = cfg.trainer.get("num_nodes", 1), cfg.trainer.devices, Path(cfg.output)
+    output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
-    given = [argument for argument in arguments if not argument.startswith("output=")]
-    own = [] if any(argument.startswith("resume=") for argument in arguments) else [f"output={output}"]
-    command = [sys.executable, "-m", "ldm.cli", "train", *given, *own]
-    options = {"job-name": "ldm", "nodes": nodes, "ntasks-per-node": devices, "output": output / "slurm-%j.log",
-               "open-mode": "append", **cfg.trainer.slurm}  # fmt: skip
-    said = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    try:  # SIGUSR1, two minutes before its time is over: save, and be queued again (ldm.training.guard)
-        done = subprocess.run(["sbatch", "--parsable", "--requeue", "--signal=USR1@120", *said,
-                               f"--wrap=srun {shlex.join(command)}"], check=True, capture_output=True, text=True)  # fmt: skip
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        raise ValueError(f"trainer=slurm: sbatch failed ({reason}); run this where sbatch is, on a login node") from error
+    own = [] if any(argument.startswith(("resume=", "output=")) for argument in arguments) else [f"output={output}"]
+    options = {"nodes": cfg.trainer.num_nodes, "ntasks-per-node": cfg.trainer.devices, **cfg.trainer.slurm}
+    # SIGUSR1, two minutes before its time is over: save, and be queued again (ldm.training.guard).
+    order = ["sbatch", "--parsable", "--requeue", "--signal=USR1@120", f"--output={output}/slurm-%j.log",
+             "--open-mode=append", *(f"--{key}={value}" for key, value in options.items() if value is not None),
+             f"--wrap=srun {shlex.join([sys.executable, '-m', 'ldm.cli', 'train', *arguments, *own])}"]  # fmt: skip
+    done = subprocess.run(order, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"trainer=slurm: sbatch said {done.stderr.strip()!r}; see the options in trainer.slurm")
     sys.stdout.write(f"job {done.stdout.strip()} will train into {output}; its words: {output}/slurm-*.log\n")
     return 0
 

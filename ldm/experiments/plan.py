@@ -16,12 +16,13 @@ from ldm.autoencoder import Autoencoder
 from ldm.training.ema import EMA
 from ldm.training.speed import Layout
 from ldm.unet import UNet
+from ldm.unet.unet import Block
 
 STATE = {"weights": 4, "gradients": 4, "Adam": 8, "average": 4}  # bytes a parameter, all in float32
 TOWERS = {384: 22_565_376, 768: 123_060_480}  # parameters of MiniLM and of CLIP ViT-L/14, by width
 BATCHES = (4, 16)  # of the probe, ten steps each
-# FLOP/s of a device in trainings that were published, by pixels: mosaicml/diffusion's 137 images/s an A100 at 256² and 36
-# at 512² with SD's UNet, forward and backward; micro_diffusion's 380 an H100, of another network, over those 137.
+# FLOP/s of a device in published trainings, by pixels: mosaicml/diffusion's 137 images/s an A100 at 256² and 36 at 512²
+# with SD's UNet, forward and backward; micro_diffusion's 380 an H100, of another network, over those 137.
 PUBLISHED = {"a100": {256: 74e12, 512: 87e12}, "h100": {256: 205e12, 512: 241e12}}
 
 
@@ -32,7 +33,9 @@ class Device:
     source: str  # of the figures
     rate: float  # FLOP a second
     parameter: float = 0.0  # seconds that the optimiser takes for each parameter
-    kept: float = 0.6  # bytes that activations take for one that autograd saves in float32: half in bfloat16, and scratch
+    kept: float = (
+        0.6  # bytes that activations take for one that autograd saves in float32: half in bfloat16, and scratch
+    )
     base: float = 1e9  # bytes of the program itself
 
 
@@ -87,6 +90,9 @@ def footprint(network: nn.Module, height: int, width: int) -> tuple[float, float
             saved[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
         return value
 
+    for block in network.modules() if isinstance(network, UNet) and network.gradient_checkpointing else ():
+        if isinstance(block, Block):  # its inputs are kept, where no hook sees it; what it computes twice is left out
+            block.register_forward_pre_hook(lambda module, inputs: (note(inputs[0]), None)[1])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
         work = flops(lambda: loss(network.train(), 1, height, width, "meta").backward())
     return work, float(sum(saved.values()))

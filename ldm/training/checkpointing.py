@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch.distributed as dist
 from pytorch_lightning.plugins.io import CheckpointIO
-from pytorch_lightning.utilities import rank_zero_only
 
 from ldm import checkpoint
 from ldm.checkpoint import Contents
@@ -43,7 +43,7 @@ class FolderIO(CheckpointIO):
 
     def _save(self, checkpoint_dict: dict[str, Any], path: Path) -> None:
         contents = gathered(self.contents())
-        if rank_zero_only.rank:
+        if dist.is_initialized() and dist.get_rank():
             return
         contents.settings["cursor"] = {**self.cursor, "step": checkpoint_dict["global_step"]}
         state = {key: value for key, value in checkpoint_dict.items() if key != WEIGHTS}

@@ -31,7 +31,13 @@ from ldm.training.guard import Guard, Limits
 from ldm.training.sharded import Sharded
 from ldm.training.speed import Layout
 
-OWN = ("timeout", "channels_last", "checkpointing", "compile", "slurm")  # settings of a trainer that are not Lightning's
+OWN = (
+    "timeout",
+    "channels_last",
+    "checkpointing",
+    "compile",
+    "slurm",
+)  # settings of a trainer that are not Lightning's
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def _requeue() -> None:
 
 
 def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Several processes by DDP or FSDP, whose collectives give up after ``timeout`` seconds: a lost rank ends the run."""
+    """Several processes by DDP or FSDP, which wait ``timeout`` seconds for each other: a lost rank ends the run."""
     arguments = {key: value for key, value in trainer.items() if key not in OWN}
     devices, nodes = arguments.get("devices", 1), arguments.get("num_nodes", 1)
     strategy, limit = arguments.pop("strategy", "ddp"), timedelta(seconds=trainer.get("timeout", 600))

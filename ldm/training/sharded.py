@@ -24,11 +24,11 @@ class Sharded(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Shard what is trained; the frozen parts stay whole on each device."""
-        trained = getattr(self.lightning_module, "unet", None)
-        if not isinstance(trained, UNet):
-            raise ValueError("trainer=fsdp is for the UNet of stage two; train the autoencoder with trainer=ddp")
-        for unet in (trained, self.lightning_module.ema.average):  # type: ignore[union-attr]
-            for block in (m for m in unet.modules() if isinstance(m, Block)):  # type: ignore[union-attr]
+        unets = [getattr(self.lightning_module, "unet", None), getattr(self.lightning_module, "ema").average]  # noqa: B009
+        for unet in unets:
+            if not isinstance(unet, UNet):
+                raise ValueError("trainer=fsdp is for the UNet of stage two; train the autoencoder with trainer=ddp")
+            for block in (m for m in unet.modules() if isinstance(m, Block)):
                 fully_shard(block)
             fully_shard(unet, reshard_after_forward=True)  # the average has no backward pass, which would do it
 
@@ -52,7 +52,7 @@ class Sharded(DDPStrategy):
 
 def whole(tree: Any) -> Any:
     """A tree of tensors with every sharded one gathered; all ranks must call it."""
-    return tree_map(lambda leaf: leaf.detach().full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
+    return tree_map(lambda leaf: leaf.full_tensor().detach() if isinstance(leaf, DTensor) else leaf, tree)
 
 
 def gathered(contents: Contents) -> Contents:

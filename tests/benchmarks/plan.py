@@ -3,7 +3,7 @@
     python -m tests.benchmarks.plan                  # writes docs/scale.md; about 6 minutes
     python -m tests.benchmarks.plan steps=2 rounds=1 # a look; writes nothing
 
-The trainings are whole ones, by ``train.py``; their time is that of steps, their memory the most of the process in them.
+The trainings are whole ones, by ``train.py``; their time is that of steps, their memory the most of the process.
 """
 
 from __future__ import annotations

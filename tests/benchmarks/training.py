@@ -129,7 +129,7 @@ def theirs(pipe: Connection, arguments: list[str], how: Mapping[str, bool]) -> N
 
     cfg, _ = compose([*arguments, "output=nowhere"])
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        module, data, options = build(cfg)
+        module, data, _ = build(cfg)
     unet = peer(list(cfg.unet.widths), cfg.unet.context_dim).to(DEVICE)
     if how.get("channels_last"):
         unet.to(memory_format=torch.channels_last)
@@ -140,7 +140,9 @@ def theirs(pipe: Connection, arguments: list[str], how: Mapping[str, bool]) -> N
     adam = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=how.get("fused", False))
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, (step + 1) / 200))
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
-    mean, std = (getattr(module.model.autoencoder, f"latent_{name}").to(DEVICE)[:, None, None] for name in ("mean", "std"))
+    mean, std = (
+        getattr(module.model.autoencoder, f"latent_{name}").to(DEVICE)[:, None, None] for name in ("mean", "std")
+    )
     null, gate = module.model.null_context.to(DEVICE), Gate(pipe)
     positions = PositionSampler(cfg.data.batch_size, 0, NEVER, 0, 1, 1)
     loader = torch.utils.data.DataLoader(data.train_set, batch_size=cfg.data.batch_size, sampler=positions)

@@ -19,7 +19,12 @@ from ldm.training.guard import Guard
 from ldm.training.optimizer import Optimizer
 from ldm.training.speed import Layout, resolve_precision
 from tests.training.test_training import column, weights
-from tests.training.test_trust import command, one_thread, parts, start  # noqa: F401: fixtures
+from tests.training.test_trust import (  # fixtures, and what starts processes
+    command,  # noqa: F401
+    one_thread,  # noqa: F401
+    parts,  # noqa: F401
+    start,
+)
 
 Command = Callable[..., list[str]]
 Steps = list[tuple[float, float]]  # loss and learning rate of every step
@@ -137,8 +142,15 @@ def test_a_training_for_slurm_submits_itself_once_and_trains_inside_the_job(
     assert inner[:3] == ["-m", "ldm.cli", "train"]
     assert sorted(inner[3:]) == sorted(settings)
     assert not (run / "checkpoints").exists()
-    for name, value in {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-                        "SLURM_NODEID": "0", "SLURM_JOB_NAME": "ldm", "SLURM_NTASKS_PER_NODE": "1"}.items():  # fmt: skip
+    for name, value in {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_NAME": "ldm",
+        "SLURM_NTASKS_PER_NODE": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert door(train, inner[3:]) == 0
     assert checkpoint.newest(run).name == "step-00000002"
