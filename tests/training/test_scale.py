@@ -22,7 +22,6 @@ from tests.training.test_training import column, weights
 from tests.training.test_trust import (  # fixtures, and what starts processes
     command,  # noqa: F401
     one_thread,  # noqa: F401
-    parts,  # noqa: F401
     start,
 )
 
