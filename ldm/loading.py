@@ -58,7 +58,9 @@ def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None 
             return contents, "" if only else convert.fingerprint(files)
     kind, _, length = weights.partition(":")
     contents = checkpoint.load(path, weights if kind != "ema" else kind, only)
-    if length and "unet" in contents.components:
+    if length:
+        if "unet" not in contents.components:
+            raise ValueError(f"weights={weights}: averages of other lengths are kept of a UNet alone; take ema or raw")
         folder, step = path.parent.parent / averages.FOLDER, contents.settings.get("cursor", {}).get("step", 0)
         checkpoint.assign(contents.components["unet"], averages.reconstruct(folder, float(length), step), str(folder))
     manifest = (path / checkpoint.MANIFEST).read_bytes()

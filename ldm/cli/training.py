@@ -305,9 +305,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             rank, power = cfg.get("lora", {}).get("rank"), list(cfg.get("ema", {}).get("power", []))
             if rank is not None:
                 if cfg.init is None or power:
-                    raise ValueError(
-                        "lora.rank adapts the weights of init=MODEL, without ema.power; give init, or no rank"
-                    )
+                    raise ValueError("lora.rank adapts the weights of init=MODEL: give one, and no ema.power")
                 adapt(unet, rank, list(cfg.lora.targets))
             if (repa := cfg.get("repa", 0.0)) and cfg.cache:
                 raise ValueError(f"repa={repa} needs images, which the cache of latents has not; set cache=false")
