@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def read(source: str | Path, weights: str = "ema", only: tuple[str, ...] | None 
     kind, _, length = weights.partition(":")
     contents = checkpoint.load(path, weights if kind != "ema" else kind, only)
     if length:
+        if not re.fullmatch(r"0?\.\d+", length):
+            raise ValueError(f"weights={weights}: the rule is ema, raw, or ema:SIGMA with a length as in ema:0.07")
         if "unet" not in contents.components:
             raise ValueError(f"weights={weights}: averages of other lengths are kept of a UNet alone; take ema or raw")
         folder, step = path.parent.parent / averages.FOLDER, contents.settings.get("cursor", {}).get("step", 0)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from ldm.checkpoint import Contents
+from ldm.training.lora import factors
 from ldm.unet import UNet
 from ldm.unet.unet import Block
 
@@ -24,10 +25,13 @@ class Sharded(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Shard what is trained; the frozen parts stay whole on each device."""
-        unets = [getattr(self.lightning_module, "unet", None), getattr(self.lightning_module, "ema").average]  # noqa: B009
-        for unet in unets:
-            if not isinstance(unet, UNet):
-                raise ValueError("trainer=fsdp is for the UNet of stage two; train the autoencoder with trainer=ddp")
+        module: Any = self.lightning_module
+        trained = getattr(module, "unet", None)
+        if not isinstance(trained, UNet):
+            raise ValueError("trainer=fsdp is for the UNet of stage two; train the autoencoder with trainer=ddp")
+        if module.ema.power or module.alignment or any(factors(trained)):
+            raise ValueError("trainer=fsdp does not go with ema.power, repa and lora.rank; take trainer=ddp for them")
+        for unet in (trained, module.ema.average):
             for block in (m for m in unet.modules() if isinstance(m, Block)):
                 fully_shard(block)
             fully_shard(unet, reshard_after_forward=True)  # the average has no backward pass, which would do it
