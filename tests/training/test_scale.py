@@ -54,7 +54,7 @@ def in_processes(folder: Path, settings: list[str]) -> Steps:
 
 
 def assert_same(steps: Steps, expected: Steps) -> None:
-    """The issue asks for 1e-5; measured 3e-7, the order of the sums over samples."""
+    """1e-5 of losses near 1: the sums over samples have another order, and 20 steps pass it on."""
     assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], abs=1e-5)
     assert [rate for _, rate in steps] == [rate for _, rate in expected]
 
@@ -88,7 +88,7 @@ def test_two_processes_have_the_losses_and_rates_of_one_by_ddp_and_by_fsdp_and_e
     back = [f"resume={one}", "trainer.max_steps=23", "trainer.devices=2", "trainer.strategy=fsdp"]
     assert_same(in_processes(tmp_path, back), gone_on)
     first, second = weights(tmp_path / "fsdp"), weights(one)
-    for name, tensor in first.items():  # a rounding of the loss of 3e-7, by Adam, which divides by the gradient
+    for name, tensor in first.items():  # half a step of Adam, whose sign a rounding may turn where a gradient is near 0
         torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-3, msg=name)
 
 
