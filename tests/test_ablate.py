@@ -61,6 +61,9 @@ def test_the_table_has_every_cell_its_interval_and_its_paired_difference(finishe
     measured = [json.loads(path.read_text()) for path in sorted(finished.glob("runs/*_v-*/seed-*/measured.json"))]
     assert [len(one["rows"]["eps MSE"][0]) for one in measured] == [8, 8]
     assert float(first["mean"]) == pytest.approx(np.mean([one["rows"]["eps MSE"][0] for one in measured]))
+    assert (finished / "cache/train").is_dir()  # encoded once, not in every run
+    configs_of_runs = [path.read_text("utf-8") for path in finished.glob("runs/*/*/config.yaml")]
+    assert [f"cache: {finished / 'cache'}" in text for text in configs_of_runs] == [True] * 4
     text = (finished / "report.md").read_text("utf-8")
     assert "Less diffusion.prediction=v" in text
     assert "Failed" not in text
@@ -133,8 +136,8 @@ def test_a_failed_cell_is_marked_and_a_setting_that_changes_nothing_differs_by_n
     assert main(command) == 3
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/measured.json")} == before
     assert len((next(folder.glob("runs/*_0-*/seed-0/log.txt"))).read_text().split("error: ")) == 3
-    assert main(["ablate", *own, "checkpoint.keep=0,-1", "seeds=1", "jobs=1", f"output={tmp_path / 'all'}"]) == 2
-    assert "all 2 trainings failed; one said: Intervals(" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="all 1 trainings failed; one said: no memory"):
+        compare_cells([("a=1",)], {}, {(("a=1",), 0): "no memory"})
 
 
 def test_a_cluster_does_what_this_machine_does(settings: list[str], finished: Path, tmp_path: Path) -> None:
@@ -265,4 +268,8 @@ def test_a_file_of_settings_and_the_line_beside_it_are_one_request(
     ablation = seen[0][0]
     assert ablation.base == ["experiment=emoji/diffusion", "unet.widths=[32, 64, 128]"]
     assert ablation.axes == {"ema_decay": ["0.5", "0.6"]}
+    assert ablation.one_cache
+    with pytest.raises(ZeroDivisionError):
+        main(["ablate", f"ablation={file}", "ema_decay=0.5", "data=emoji48,emoji200", "limit=2"])
+    assert not seen[1][0].one_cache  # the cells do not train on the same images
     assert [run.seed for run in ablation.runs()] == [3, 3]

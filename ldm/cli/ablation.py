@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ldm.cli.training import STOPPED_ITSELF, compose
 
 _OWN = {"seeds": 3, "jobs": None, "threads": 1, "cluster": None, "limit": None, "pictures": 1, "steps": 20,
         "guidance_scale": None, "sampler": "ddim", "output": None}  # fmt: skip
+# Axes that may change what the frozen models make of the data; any other leaves one cache for all cells.
+_FROZEN = ("cache", "data", "text", "autoencoder", "experiment", "repa", "stage")
 
 
 def ablate(arguments: list[str]) -> int:
@@ -60,6 +63,8 @@ def ablate(arguments: list[str]) -> int:
     for cell in reversed(ablation.cells):  # what is no setting or choice is refused before anything is trained
         cfg = compose([*base, *cell])[0]
         check_targets(OmegaConf.to_container(cfg, resolve=False))
+    touched = any(key.lstrip("+~").split(".")[0] in _FROZEN for key in axes)
+    ablation = replace(ablation, one_cache=cfg.stage == "diffusion" and cfg.cache is True and not touched)
     data = cfg.data.validation.get("name")  # of the first cell: all are scored on the same images
     if data in (None, "openmoji"):
         found, count = instantiate(cfg.data.validation), limit or cfg.validation.images

@@ -31,7 +31,7 @@ from ldm.data.shards import write_atomically
 from ldm.evaluation.report import Report, Table, table, write_json, write_text
 from ldm.experiments.cells import SCORE, Scoring, as_csv, compare_cells, score_run
 
-FAILED, TRAINED = "failed.txt", "trained"
+FAILED, TRAINED, CACHE = "failed.txt", "trained", "cache"
 
 
 class Run(NamedTuple):
@@ -51,6 +51,7 @@ class Ablation:
     axes: Mapping[str, Sequence[str]]  # key → values, of which every combination is a cell
     seeds: Sequence[int]
     output: Path  # one folder an ablation; more values and seeds may be added to it later
+    one_cache: bool = False  # what the frozen models make of the data is the same in all cells: computed once
 
     @property
     def cells(self) -> list[tuple[str, ...]]:
@@ -59,11 +60,11 @@ class Ablation:
 
     def runs(self) -> list[Run]:
         """Seed by seed, so that half of the time gives a table of half of the seeds."""
-        found = []
+        found, cache = [], [f"cache='{self.output / CACHE}'"] * self.one_cache
         for seed, cell in itertools.product(self.seeds, self.cells):
             name = " ".join(cell)
             slug = f"{re.sub(r'[^A-Za-z0-9.]+', '_', name)[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-            found.append(Run(cell, seed, (*self.base, *cell), self.output / "runs" / slug / f"seed-{seed}"))
+            found.append(Run(cell, seed, (*self.base, *cell, *cache), self.output / "runs" / slug / f"seed-{seed}"))
         return found
 
 
@@ -87,6 +88,9 @@ def ablate(
         raise ValueError(f"output={ablation.output} holds an ablation of another {' and '.join(other)}; name another")
     write_json(note, own)
     runs = ablation.runs()
+    if ablation.one_cache and not all((run.folder / TRAINED).is_file() for run in runs):
+        given = [*ablation.base, *ablation.cells[0], f"output='{ablation.output / CACHE}'"]
+        _ldm("precompute", given, ablation.output / "cache.log", threads)
     if cluster is None:
         calls = (joblib.delayed(run_one)(run, scoring, threads) for run in runs)
         done = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
@@ -133,17 +137,20 @@ def run_one(run: Run, scoring: Scoring, threads: int) -> None:
 
 
 def _train(run: Run, threads: int, lock: int) -> None:
-    """In a process of its own: a crash of one is not that of all."""
     began = any((run.folder / "checkpoints").glob(f"*/{checkpoint.MANIFEST}"))
-    given = [f"resume={run.folder}"] if began else [*run.overrides, f"seed={run.seed}", f"output={run.folder}"]
-    command = [sys.executable, "-m", "ldm.cli", "train", *given]
+    new = [*run.overrides, f"seed={run.seed}", f"output='{run.folder}'"]
+    _ldm("train", [f"resume={run.folder}"] if began else new, run.folder / "log.txt", threads, [lock])
+    write_atomically(run.folder / TRAINED, b"")
+
+
+def _ldm(command: str, given: Sequence[str], log: Path, threads: int, handed_on: Sequence[int] = ()) -> None:
+    """In a process of its own: a crash of one is not that of all."""
     env = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))}
-    log = run.folder / "log.txt"
+    line = [sys.executable, "-m", "ldm.cli", command, *given]
     with log.open("a") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, env=env, pass_fds=[lock], check=False)
+        done = subprocess.run(line, stdout=file, stderr=file, env=env, pass_fds=handed_on, check=False)
     if done.returncode > 128:
-        raise InterruptedError(f"a training was stopped by a signal ({log}); give the same command and output= again")
+        raise InterruptedError(f"stopped by a signal ({log}); the same command with the same output= goes on")
     if done.returncode:
         said = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
         raise ValueError(said[-1].removeprefix("error: ") if said else f"exit code {done.returncode}, see {log}")
-    write_atomically(run.folder / TRAINED, b"")
