@@ -126,7 +126,7 @@ def test_averages_of_other_lengths_are_had_after_training_and_survive_a_resume(
     assert not torch.equal(other.unet.conv_out.weight, kept.unet.conv_out.weight)
     with pytest.raises(ValueError, match="of a UNet alone"):
         ldm.load_autoencoder(whole, weights="ema:0.07")
-    for wrong, said in (("ema:0.3", "0 < sigma_rel <"), ("ema:long", "to float: 'long'"), ("raw:1", "ema or raw")):
+    for wrong, said in (("ema:0.3", "0 < sigma_rel <"), ("ema:long", "the rule is ema, raw"), ("raw:1", "ema or raw")):
         with pytest.raises(ValueError, match=said):
             ldm.load(whole, weights=wrong)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ from tests.training.test_trust import (  # fixtures, and what starts processes
 
 Command = Callable[..., list[str]]
 Steps = list[tuple[float, float]]  # loss and learning rate of every step
+
+
+@pytest.fixture(autouse=True)
+def alone_again() -> Iterator[None]:
+    """A strategy of several processes leaves its group, and its port in the environment, to whoever comes next."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
