@@ -51,7 +51,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_the_table_has_every_cell_its_interval_and_its_paired_difference(finished: Path) -> None:
-    first, second = (row for row in rows(finished) if row["figure"] == "eps MSE")
+    first, second = (row for row in rows(finished) if row["figure"] == "denoising MSE")
     assert (first["cell"], second["cell"]) == ("diffusion.prediction=v", "diffusion.prediction=epsilon")
     assert first["seeds"] == second["seeds"] == "2"
     assert float(first["low"]) < float(first["mean"]) < float(first["high"])
@@ -59,8 +59,8 @@ def test_the_table_has_every_cell_its_interval_and_its_paired_difference(finishe
     assert first["difference"] == ""
     # By hand from what each run measured: the mean over both seeds.
     measured = [json.loads(path.read_text()) for path in sorted(finished.glob("runs/*_v-*/seed-*/measured.json"))]
-    assert [len(one["rows"]["eps MSE"][0]) for one in measured] == [8, 8]
-    assert float(first["mean"]) == pytest.approx(np.mean([one["rows"]["eps MSE"][0] for one in measured]))
+    assert [len(one["rows"]["denoising MSE"][0]) for one in measured] == [8, 8]
+    assert float(first["mean"]) == pytest.approx(np.mean([one["rows"]["denoising MSE"][0] for one in measured]))
     assert (finished / "cache/train").is_dir()  # encoded once, not in every run
     configs_of_runs = [path.read_text("utf-8") for path in finished.glob("runs/*/*/config.yaml")]
     assert [f"cache: {finished / 'cache'}" in text for text in configs_of_runs] == [True] * 4
@@ -124,7 +124,7 @@ def test_a_failed_cell_is_marked_and_a_setting_that_changes_nothing_differs_by_n
     said = capsys.readouterr().out
     assert "0, 1 FAILED" in said
     assert "intervals and keep must be at least 1" in said
-    same, failed = (row for row in rows(folder)[1:] if row["figure"] == "eps MSE"), rows(folder)[-1]
+    same, failed = (row for row in rows(folder)[1:] if row["figure"] == "denoising MSE"), rows(folder)[-1]
     assert [(float(row["difference"]), row["verdict"]) for row in same] == [(0.0, "one seed")]
     assert failed["cell"] != "checkpoint.keep=0"  # it has no figures, and none is made up
     report = json.loads((folder / "result.json").read_text("utf-8"))

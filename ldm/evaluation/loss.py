@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ldm import randomness
 from ldm.data import Sample, captions
@@ -75,10 +76,10 @@ def measure(
     samples: Sequence[Sample],  # whose first captions are taken
     batch_size: int = 16,  # changes speed alone
     seed: int = 0,  # of t and ε
-    as_eps: bool = False,  # the error of ε whatever the UNet predicts: the same thing of models that predict others
+    of_noise: bool = False,  # the error of σ ε in z_t = α z + σ ε, whatever the UNet predicts; it is that of α z, too
 ) -> Losses:
     """The error of what the UNet predicts of each image, mean over a latent's values."""
-    kind: Prediction = "epsilon" if as_eps else model.prediction
+    kind: Prediction = "epsilon" if of_noise else model.prediction
     steps, size = model.schedule.num_steps, (model.defaults.height, model.defaults.width)
     bounds = [k * steps // BINS for k in range(BINS + 1)]
     errors = []
@@ -93,9 +94,11 @@ def measure(
             alpha, sigma = (per_image(f(t), z) for f in (model.schedule.alpha, model.schedule.sigma))
             noisy = model.schedule.add_noise(z, eps, t).to(model.dtype)
             prediction = model.unet(noisy, t.to(model.device), context).float()
-            if as_eps:
-                prediction = to_eps(model.prediction, prediction, noisy.float(), alpha, sigma)
-            columns.append(per_sample_error(prediction, target(kind, z, eps, alpha, sigma)).double().cpu())
+            scale: Tensor | float = 1.0
+            if of_noise:
+                prediction, scale = to_eps(model.prediction, prediction, noisy.float(), alpha, sigma), sigma
+            wanted = scale * target(kind, z, eps, alpha, sigma)
+            columns.append(per_sample_error(scale * prediction, wanted).double().cpu())
         errors.append(torch.stack(columns, 1))
     error = torch.cat(errors).numpy()
     if not np.isfinite(error).all():

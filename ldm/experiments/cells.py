@@ -28,8 +28,8 @@ from ldm.provenance import open_png, write_png
 from ldm.samples import Samples
 
 SCORE = "measured.json"
-EPS = "eps MSE"  # of ε whatever a cell predicts, so that it is the same thing in all
-SHOWN = (EPS, "KID-EffNet", "text alignment", "concept R@1", "pair accuracy", "PSNR, mode (dB)", "PSNR, sample (dB)",
+NOISE = "denoising MSE"  # of z_t divided into image and noise: the same thing whatever a cell predicts
+SHOWN = (NOISE, "KID-EffNet", "text alignment", "concept R@1", "pair accuracy", "PSNR, mode (dB)", "PSNR, sample (dB)",
          "SSIM", "KL a unit (nats)", "active units", "rKID-EffNet")  # fmt: skip
 SIDE_BY_SIDE = 8  # pictures a cell
 
@@ -66,16 +66,16 @@ def score_run(folder: Path, scoring: Scoring) -> dict[str, Any]:
     if "unet" not in checkpoint.read_manifest(loading.find(folder))["components"]:
         return _score_autoencoder(folder, scoring)
     model, drawing = loading.load(folder), scoring.drawing
-    losses = measure(model, scoring.samples, as_eps=True)
+    losses = measure(model, scoring.samples, of_noise=True)
     times = dict(zip(losses.times, losses.error.mean(0).tolist(), strict=True))
-    rows = {EPS: [losses.error.mean(1).tolist(), losses.groups]}
+    rows = {NOISE: [losses.error.mean(1).tolist(), losses.groups]}
     if scoring.data is None:
         prompts = [captions(sample)[0] for sample in scoring.samples[:SIDE_BY_SIDE]]
         drawn = model.sample(prompts, steps=drawing.steps, guidance_scale=drawing.guidance_scale)
         count = _keep(folder, ((picture, drawn.capsule(i)) for i, picture in enumerate(drawn.pil())))
-        return {"values": {EPS: float(losses.error.mean())}, "rows": rows, "times": times, "pictures": count}
+        return {"values": {NOISE: float(losses.error.mean())}, "rows": rows, "times": times, "pictures": count}
     scored = evaluate_pairs(model, scoring.data, limit=scoring.limit, drawing=drawing, judge=_judge(scoring.data))
-    values = {EPS: float(losses.error.mean()), **{name: figure.value for name, figure in scored.figures.items()}}
+    values = {NOISE: float(losses.error.mean()), **{name: figure.value for name, figure in scored.figures.items()}}
     of_picture = [name for name in values if name in scored.table[0]]
     concepts = [row["concept"] for row in scored.table]
     rows |= {name: [[float(row[name]) for row in scored.table], concepts] for name in of_picture}
@@ -169,7 +169,7 @@ def _tables(first: Cell, cells: Sequence[Mapping[str, Any]]) -> list[Part]:
         settings = [setting.split("=", 1)[1] for setting in cell["settings"]]
         rows.append([*settings, seeds, *(cell["figures"].get(name, "") for name in shown)])
     note = ("Mean over training seeds; 95 % interval for other seeds and other images. Errors and distances: lower is "
-            f"better. {EPS} is of the noise, whatever a cell predicts.")  # fmt: skip
+            f"better. {NOISE}: of z_t divided into image and noise, whatever is predicted.")  # fmt: skip
     parts: list[Part] = [Table("Cells", [*keys, "seeds", *shown], rows, note)]
     less = [[cell["cell"], d.name, d._replace(note=""), d.verdict]
             for cell in cells for d in (cell["less the first"].get(name) for name in shown) if d]  # fmt: skip
@@ -190,7 +190,7 @@ def _curves(scores: Mapping[Cell, Mapping[int, Any]], folders: Mapping[tuple[Cel
                     if row.get(name):
                         several[f"{name} in training, of what each predicts", int(row["step"])].append(float(row[name]))
             for time, error in score["times"].items():
-                several["Error of the noise by timestep", sum(map(int, time.split(" to "))) / 2].append(error)
+                several[f"{NOISE} by timestep", sum(map(int, time.split(" to "))) / 2].append(error)
         for (title, x), values in several.items():
             lines[title].setdefault(" ".join(cell), []).append((x, over_seeds(title, values), ""))
     return [Curve(title, "t" if "timestep" in title else "step", title.split(",")[0], found)
