@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     checkpoint.save(folder / "text", checkpoint.Contents({"text_encoder": tiny_text("clip")}))
     checkpoint.save(folder / "autoencoder", checkpoint.Contents({"autoencoder": autoencoder}))
     return folder / "text", folder / "autoencoder"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """How many threads share a sum decides its last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ from ldm.evaluation.report import Curve, Pictures
 from ldm.experiments import ablate
 from ldm.experiments.cells import compare_cells
 from ldm.provenance import read_png
-from tests.training.test_training import arguments, unet
+from tests.training.test_training import AUTOENCODER, arguments, unet
 
 ROOT = Path(ldm.__file__).parents[1]
 TABLES = ("table.csv", "table.tex")
@@ -88,7 +88,7 @@ def test_pictures_stand_side_by_side_and_say_what_made_them(finished: Path) -> N
     assert {"prompt", "negative_prompt", "seed", "sampler", "steps", "model", "versions"} <= capsule.keys()
     curves = {part.title: part for part in parts if isinstance(part, Curve)}
     assert [len(curve.lines) for curve in curves.values()] == [2, 2]
-    in_training = next(curve for title, curve in curves.items() if "in training" in title)
+    in_training = curves["Error in training, of what each predicts"]
     assert [[point[0] for point in line] for line in in_training.lines.values()] == [[2, 5], [2, 5]]
 
 
@@ -140,6 +140,19 @@ def test_a_failed_cell_is_marked_and_a_setting_that_changes_nothing_differs_by_n
         compare_cells([("a=1",)], {}, {(("a=1",), 0): "no memory"})
 
 
+def test_stage_one_is_ablated_by_its_own_figures(shapes: Path, tmp_path: Path) -> None:
+    own = arguments(shapes, Path(), "autoencoder", 4, *AUTOENCODER, "samples.every=0", "validation.every=2")
+    twice = ("output=", "validation.every=50", "samples.every=100")
+    own = [setting for setting in own if not setting.startswith(twice)]
+    assert main(["ablate", *own, "loss.beta=0.18,1000", "seeds=1", "jobs=1", f"output={tmp_path / 'beta'}"]) == 0
+    found = {(row["cell"], row["figure"]): float(row["mean"]) for row in rows(tmp_path / "beta")}
+    assert {"PSNR, mode (dB)", "PSNR, sample (dB)", "SSIM", "KL a unit (nats)", "active units"} == {f for _, f in found}
+    assert found["loss.beta=1000", "KL a unit (nats)"] < found["loss.beta=0.18", "KL a unit (nats)"]
+    text = (tmp_path / "beta/report.html").read_text("utf-8")
+    assert "PSNR in training" in text
+    assert text.count("data:image/webp") == 16
+
+
 def test_a_cluster_does_what_this_machine_does(settings: list[str], finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
     shutil.copytree(finished, folder)
@@ -176,6 +189,8 @@ def test_another_question_in_the_same_folder_is_refused_and_more_seeds_are_not(
         (["diffusion.prediction=v,epsilon", "seeds=[a]"], "seeds=a"),
         (["diffusion.prediction=v,epsilon", "jobs=0.5"], "jobs=0.5"),
         (["diffusion.prediction=v,epsilon", "limit=0"], "limit=0"),
+        (["diffusion.prediction=v,epsilon", "limit=many"], "limit=many"),
+        (["diffusion.prediction=v,epsilon", "jobs=0"], "jobs=0"),
         (["diffusion.prediction=v,epsilon", "pictures=0"], "at least 1"),
         (["experiment=emoji/nothing,emoji/diffusion"], "emoji/nothing"),
         (["data._target_=os.system,shutil.rmtree"], "is refused"),

@@ -53,11 +53,15 @@ def ablate(arguments: list[str]) -> int:
     from ldm.experiments.ablate import ablate as perform
     from ldm.experiments.cells import Scoring
 
-    seeds, cluster, limit = settings["seeds"], settings["cluster"], settings["limit"]
-    seeds = [request.count("seeds", seed, 0) for seed in seeds] if isinstance(seeds, list) else range(
-        request.count("seeds", seeds))  # fmt: skip
-    threads = request.count("threads", settings["threads"])
-    jobs = request.count("jobs", settings["jobs"] or max(1, (os.cpu_count() or 1) // threads))
+    cluster, limit, threads = settings["cluster"], settings["limit"], request.count("threads", settings["threads"])
+    if limit is not None:
+        request.count("limit", limit)
+    seeds, jobs = settings["seeds"], settings["jobs"]
+    if isinstance(seeds, list):
+        seeds = [request.count("seeds", seed, 0) for seed in seeds]
+    else:
+        seeds = range(request.count("seeds", seeds))
+    jobs = max(1, (os.cpu_count() or 1) // threads) if jobs is None else request.count("jobs", jobs)
     output = Path(settings["output"] or f"outputs/ablations/{stamp()}")
     ablation = Ablation(base, axes, seeds, output)
     for cell in reversed(ablation.cells):  # what is no setting or choice is refused before anything is trained

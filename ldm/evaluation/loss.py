@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm import randomness
 from ldm.data import Sample, captions
-from ldm.diffusion import Prediction, per_sample_error, target, to_eps
+from ldm.diffusion import per_sample_error, target, to_eps
 from ldm.diffusion.schedule import per_image
 from ldm.evaluation.features import image_batches
 from ldm.evaluation.figures import Figure, mean, paired
@@ -79,7 +78,6 @@ def measure(
     of_noise: bool = False,  # the error of σ ε in z_t = α z + σ ε, whatever the UNet predicts; it is that of α z, too
 ) -> Losses:
     """The error of what the UNet predicts of each image, mean over a latent's values."""
-    kind: Prediction = "epsilon" if of_noise else model.prediction
     steps, size = model.schedule.num_steps, (model.defaults.height, model.defaults.width)
     bounds = [k * steps // BINS for k in range(BINS + 1)]
     errors = []
@@ -94,11 +92,11 @@ def measure(
             alpha, sigma = (per_image(f(t), z) for f in (model.schedule.alpha, model.schedule.sigma))
             noisy = model.schedule.add_noise(z, eps, t).to(model.dtype)
             prediction = model.unet(noisy, t.to(model.device), context).float()
-            scale: Tensor | float = 1.0
+            wanted = target(model.prediction, z, eps, alpha, sigma)
             if of_noise:
-                prediction, scale = to_eps(model.prediction, prediction, noisy.float(), alpha, sigma), sigma
-            wanted = scale * target(kind, z, eps, alpha, sigma)
-            columns.append(per_sample_error(scale * prediction, wanted).double().cpu())
+                prediction = sigma * to_eps(model.prediction, prediction, noisy.float(), alpha, sigma)
+                wanted = sigma * eps
+            columns.append(per_sample_error(prediction, wanted).double().cpu())
         errors.append(torch.stack(columns, 1))
     error = torch.cat(errors).numpy()
     if not np.isfinite(error).all():

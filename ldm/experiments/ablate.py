@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ldm import checkpoint
 from ldm.data.shards import write_atomically
 from ldm.evaluation.report import Report, Table, table, write_json, write_text
-from ldm.experiments.cells import SCORE, Scoring, as_csv, compare_cells, score_run
+from ldm.experiments.cells import SCORE, Cell, Scoring, as_csv, compare_cells, score_run
 
 FAILED, TRAINED, CACHE = "failed.txt", "trained", "cache"
 
@@ -37,7 +37,7 @@ FAILED, TRAINED, CACHE = "failed.txt", "trained", "cache"
 class Run(NamedTuple):
     """A training."""
 
-    cell: tuple[str, ...]  # its settings, key=value
+    cell: Cell
     seed: int
     overrides: tuple[str, ...]  # of ``ldm train``
     folder: Path
@@ -54,7 +54,7 @@ class Ablation:
     one_cache: bool = False  # what the frozen models make of the data is the same in all cells: computed once
 
     @property
-    def cells(self) -> list[tuple[str, ...]]:
+    def cells(self) -> list[Cell]:
         """The settings of each; the first is what the others are held against."""
         return list(itertools.product(*([f"{key}={value}" for value in values] for key, values in self.axes.items())))
 

@@ -32,6 +32,7 @@ NOISE = "denoising MSE"  # of z_t divided into image and noise: the same thing w
 SHOWN = (NOISE, "KID-EffNet", "text alignment", "concept R@1", "pair accuracy", "PSNR, mode (dB)", "PSNR, sample (dB)",
          "SSIM", "KL a unit (nats)", "active units", "rKID-EffNet")  # fmt: skip
 SIDE_BY_SIDE = 8  # pictures a cell
+_IN_TRAINING = {"val/mse_ema": "Error in training, of what each predicts", "val/psnr_ema": "PSNR in training"}
 
 Cell = tuple[str, ...]  # its settings, key=value
 
@@ -71,7 +72,8 @@ def score_run(folder: Path, scoring: Scoring) -> dict[str, Any]:
     rows = {NOISE: [losses.error.mean(1).tolist(), losses.groups]}
     if scoring.data is None:
         prompts = [captions(sample)[0] for sample in scoring.samples[:SIDE_BY_SIDE]]
-        drawn = model.sample(prompts, steps=drawing.steps, guidance_scale=drawing.guidance_scale)
+        scale, sampler = drawing.guidance_scale, drawing.sampler
+        drawn = model.sample(prompts, steps=drawing.steps, guidance_scale=scale, sampler=sampler)
         count = _keep(folder, ((picture, drawn.capsule(i)) for i, picture in enumerate(drawn.pil())))
         return {"values": {NOISE: float(losses.error.mean())}, "rows": rows, "times": times, "pictures": count}
     scored = evaluate_pairs(model, scoring.data, limit=scoring.limit, drawing=drawing, judge=_judge(scoring.data))
@@ -131,17 +133,16 @@ def compare_cells(
         less = {}
         if own is not first and (both := [seed for seed in own if seed in first]):
             less = _figures([own[seed] for seed in both], [first[seed] for seed in both])
-        lost = sum(key[0] == cell for key in failed)
-        found.append({"cell": " ".join(cell), "settings": cell, "seeds": sorted(own), "failed": lost,
+        count = sum(key[0] == cell for key in failed)
+        found.append({"cell": " ".join(cell), "settings": cell, "seeds": sorted(own), "failed": count,
                       "figures": _figures(list(own.values())), "less the first": less})  # fmt: skip
     parts = _tables(cells[0], found)
-    if failed:
-        rows = [[" ".join(cell), seed, why] for (cell, seed), why in failed.items()]
-        parts.append(Table("Failed", ["cell", "training seed", "why"], rows))
+    lost = [[" ".join(cell), seed, why] for (cell, seed), why in failed.items()]
+    if lost:
+        parts.append(Table("Failed", ["cell", "training seed", "why"], lost))
     parts += [*_curves(scores, folders), *_side_by_side(scores, folders)]
     title = f"Ablation of {', '.join(setting.split('=')[0].lstrip('+') for setting in cells[0])}"
-    why = [[" ".join(cell), seed, why] for (cell, seed), why in failed.items()]
-    return Report(title, command, parts, {"cells": found, "failed": why})
+    return Report(title, command, parts, {"cells": found, "failed": lost})
 
 
 def _figures(scores: Sequence[Any], others: Sequence[Any] = ()) -> dict[str, Figure]:
@@ -186,9 +187,9 @@ def _curves(scores: Mapping[Cell, Mapping[int, Any]], folders: Mapping[tuple[Cel
         several: dict[tuple[str, float], list[float]] = defaultdict(list)
         for seed, score in own.items():
             for row in csv.DictReader(io.StringIO((folders[cell, seed] / "metrics.csv").read_text("utf-8"))):
-                for name in ("val/mse_ema", "val/psnr_ema"):
+                for name, title in _IN_TRAINING.items():
                     if row.get(name):
-                        several[f"{name} in training, of what each predicts", int(row["step"])].append(float(row[name]))
+                        several[title, int(row["step"])].append(float(row[name]))
             for time, error in score["times"].items():
                 several[f"{NOISE} by timestep", sum(map(int, time.split(" to "))) / 2].append(error)
         for (title, x), values in several.items():

@@ -21,10 +21,10 @@ from ldm.training.speed import Layout, resolve_precision
 from tests.training.test_training import column, weights
 from tests.training.test_trust import (  # fixtures, and what starts processes
     command,  # noqa: F401
-    one_thread,  # noqa: F401
     start,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Command = Callable[..., list[str]]
 Steps = list[tuple[float, float]]  # loss and learning rate of every step
 

@@ -27,17 +27,9 @@ from ldm.training.guard import Guard, Limits
 from tests.training.test_training import AUTOENCODER, arguments, column, unet, weights
 
 ROOT = Path(ldm.__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 STAGES = ("autoencoder", "adversarial", "diffusion")
 DEADLINE = 120  # seconds for a process to get to a state; they take about 15 on two idle cores
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the harness: how many threads share a sum decides its last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
