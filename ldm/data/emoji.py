@@ -27,16 +27,28 @@ def splits() -> dict[str, dict[str, list[str]]]:
     return loaded
 
 
-def emoji_dataset(name: str = "emoji200", split: str = "train") -> ShardDataset:
-    """The samples of a data set and split.
+def emoji_dataset(
+    name: str = "emoji200", split: str = "train", favour: str | None = None, times: int = 1
+) -> ShardDataset:
+    """The samples of a data set and split; with ``favour`` for a training that is to draw that other set best.
+
+    What ``favour`` holds out is then left out, and what it trains on is there ``times`` times.
 
     Raises:
-        ValueError: for a name or split that is not there.
+        ValueError: for a name or split that is not there, and for ``times`` below 1.
     """
     sets = splits()
-    if name not in sets:
-        raise ValueError(f"emoji data set {name!r} is unknown; choose one of {', '.join(sets)}")
+    for each in (name, favour or name):
+        if each not in sets:
+            raise ValueError(f"emoji data set {each!r} is unknown; choose one of {', '.join(sets)}")
     if split not in sets[name]:
         raise ValueError(f"split {split!r} of {name} is unknown; choose one of {', '.join(sets[name])}")
+    if times < 1:
+        raise ValueError(f"times={times} must be at least 1; 1 favours no picture")
     pattern = "openmoji*.tar" if name == "openmoji" else "[!o]*.tar"
-    return ShardDataset(sorted(FOLDER.glob(pattern)), keys=sets[name][split])
+    samples = ShardDataset(sorted(FOLDER.glob(pattern)), keys=sets[name][split])
+    if favour is None:
+        return samples
+    often, never = set(sets[favour].pop("train")), {key for keys in sets[favour].values() for key in keys}
+    counts = [0 if key in never else times if key in often else 1 for key in samples.keys]
+    return samples.subset([number for number, count in enumerate(counts) for _ in range(count)])
