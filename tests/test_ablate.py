@@ -194,7 +194,7 @@ def test_another_question_in_the_same_folder_is_refused_and_more_seeds_are_not(
         (["diffusion.prediction=v,epsilon", "pictures=0"], "at least 1"),
         (["experiment=emoji/nothing,emoji/diffusion"], "emoji/nothing"),
         (["data._target_=os.system,shutil.rmtree"], "is refused"),
-        (["ablation=nothing"], "choose one of caption_dropout, min_snr, prediction"),
+        (["ablation=nothing"], "choose one of caption_dropout, min_snr, prediction, recipes"),
         (["a word"], "is no setting"),
     ],
 )
@@ -282,9 +282,9 @@ def test_a_file_of_settings_and_the_line_beside_it_are_one_request(
         main(["ablate", f"ablation={file}", "ema_decay=0.5,0.6", "limit=2"])
     ablation = seen[0][0]
     assert ablation.base == ["experiment=emoji/diffusion", "unet.widths=[32, 64, 128]"]
-    assert ablation.axes == {"ema_decay": ["0.5", "0.6"]}
-    assert ablation.one_cache
+    assert ablation.cells == [("ema_decay=0.5",), ("ema_decay=0.6",)]
+    assert ablation.cached == ablation.cells
     with pytest.raises(ZeroDivisionError):
         main(["ablate", f"ablation={file}", "ema_decay=0.5", "data=emoji48,emoji200", "limit=2"])
-    assert not seen[1][0].one_cache  # the cells do not train on the same images
+    assert not seen[1][0].cached  # the cells do not train on the same images
     assert [run.seed for run in ablation.runs()] == [3, 3]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from ldm.cli.targets import check_targets
 from ldm.cli.training import STOPPED_ITSELF, compose
 
 _OWN = {"seeds": 3, "jobs": None, "threads": 1, "cluster": None, "limit": None, "pictures": 1, "steps": 20,
-        "guidance_scale": None, "sampler": "ddim", "output": None}  # fmt: skip
-# Axes that may change what the frozen models make of the data; any other leaves one cache for all cells.
+        "guidance_scale": None, "sampler": "ddim", "cells": None, "output": None}  # fmt: skip
+# Settings that may change what the frozen models make of the data; cells with others share one cache.
 _FROZEN = ("cache", "data", "text", "autoencoder", "experiment", "repa", "stage")
 
 
@@ -31,20 +32,27 @@ def ablate(arguments: list[str]) -> int:
     given = _settings(arguments)
     own = [f"{key}={given.pop(key)}" for key in _OWN if key in given]
     settings, _ = parse(own, _OWN, ("sampler", "output"))
+    listed = settings["cells"] or [""]
+    if not isinstance(listed, list) or not all(isinstance(cell, str) for cell in listed):
+        raise ValueError(f"cells={listed}: a list of texts is expected, each a cell's settings: ['', 'loss.min_snr=5']")
     if decided := sorted({"seed", "resume"} & given.keys()):
         raise ValueError(f"{decided[0]}= is what an ablation decides; give seeds=3 or seeds=[0,1,2], and output= again")
-    base, axes = [], {}
+    base, axes = [], []
     for line, override in zip(
         lines := [f"{key}={value}" for key, value in given.items()],
         OverridesParser.create().parse_overrides(lines),
         strict=True,
     ):
         if override.is_sweep_override():
-            axes[override.get_key_element()] = list(override.sweep_string_iterator())
+            axes.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         else:
             base.append(line)
-    if not axes:
-        raise ValueError("no question came: give a setting several values, as in diffusion.prediction=epsilon,v")
+    cells = [(*shlex.split(cell), *rest) for cell in listed for rest in itertools.product(*axes)]
+    if len(cells) < 2 or len(cells) > len(set(cells)):
+        raise ValueError(
+            f"no question came: {len(set(cells))} different cells of {len(cells)}; give a setting several values, "
+            "as in diffusion.prediction=epsilon,v, or several cells="
+        )
 
     from ldm import request
     from ldm.evaluation import Drawing
@@ -63,12 +71,12 @@ def ablate(arguments: list[str]) -> int:
         seeds = range(request.count("seeds", seeds))
     jobs = max(1, (os.cpu_count() or 1) // threads) if jobs is None else request.count("jobs", jobs)
     output = Path(settings["output"] or f"outputs/ablations/{stamp()}")
-    ablation = Ablation(base, axes, seeds, output)
-    for cell in reversed(ablation.cells):  # what is no setting or choice is refused before anything is trained
+    for cell in reversed(cells):  # what is no setting or choice is refused before anything is trained
         cfg = compose([*base, *cell])[0]
         check_targets(OmegaConf.to_container(cfg, resolve=False))
-    touched = any(key.lstrip("+~").split(".")[0] in _FROZEN for key in axes)
-    ablation = replace(ablation, one_cache=cfg.stage == "diffusion" and cfg.cache is True and not touched)
+    cached = cells if cfg.stage == "diffusion" and cfg.cache is True else []
+    cached = [cell for cell in cached if not any(re.split(r"[.=]", each.lstrip("+~"))[0] in _FROZEN for each in cell)]
+    ablation = Ablation(base, cells, seeds, output, cached)
     data = cfg.data.validation.get("name")  # of the first cell: all are scored on the same images
     if data in (None, "openmoji"):
         found, count = instantiate(cfg.data.validation), limit or cfg.validation.images

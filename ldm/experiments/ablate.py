@@ -45,24 +45,19 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Ablation:
-    """All cells of a grid, times all seeds."""
+    """All cells, times all seeds."""
 
     base: Sequence[str]  # settings of every training, key=value
-    axes: Mapping[str, Sequence[str]]  # key → values, of which every combination is a cell
+    cells: Sequence[Cell]  # settings of each besides; the first is what the others are held against
     seeds: Sequence[int]
-    output: Path  # one folder an ablation; more values and seeds may be added to it later
-    one_cache: bool = False  # what the frozen models make of the data is the same in all cells: computed once
-
-    @property
-    def cells(self) -> list[Cell]:
-        """The settings of each; the first is what the others are held against."""
-        return list(itertools.product(*([f"{key}={value}" for value in values] for key, values in self.axes.items())))
+    output: Path  # one folder an ablation; more cells and seeds may be added to it later
+    cached: Sequence[Cell] = ()  # those for which the frozen models make the same of the data: computed once
 
     def runs(self) -> list[Run]:
         """Seed by seed, so that half of the time gives a table of half of the seeds."""
-        found, cache = [], [f"cache='{self.output / CACHE}'"] * self.one_cache
+        found = []
         for seed, cell in itertools.product(self.seeds, self.cells):
-            name = " ".join(cell)
+            name, cache = " ".join(cell), [f"cache='{self.output / CACHE}'"] * (cell in self.cached)
             slug = f"{re.sub(r'[^A-Za-z0-9.]+', '_', name)[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
             found.append(Run(cell, seed, (*self.base, *cell, *cache), self.output / "runs" / slug / f"seed-{seed}"))
         return found
@@ -88,8 +83,8 @@ def ablate(
         raise ValueError(f"output={ablation.output} holds an ablation of another {' and '.join(other)}; name another")
     write_json(note, own)
     runs = ablation.runs()
-    if ablation.one_cache and not all((run.folder / TRAINED).is_file() for run in runs):
-        given = [*ablation.base, *ablation.cells[0], f"output='{ablation.output / CACHE}'"]
+    if ablation.cached and not all((run.folder / TRAINED).is_file() for run in runs if run.cell in ablation.cached):
+        given = [*ablation.base, *ablation.cached[0], f"output='{ablation.output / CACHE}'"]
         _ldm("precompute", given, ablation.output / "cache.log", threads)
     if cluster is None:
         calls = (joblib.delayed(run_one)(run, scoring, threads) for run in runs)

@@ -34,7 +34,7 @@ SHOWN = (NOISE, "KID-EffNet", "text alignment", "concept R@1", "pair accuracy", 
 SIDE_BY_SIDE = 8  # pictures a cell
 _IN_TRAINING = {"val/mse_ema": "Error in training, of what each predicts", "val/psnr_ema": "PSNR in training"}
 
-Cell = tuple[str, ...]  # its settings, key=value
+Cell = tuple[str, ...]  # its settings, key=value; of the base as it is none
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,25 @@ def compare_cells(
         if own is not first and (both := [seed for seed in own if seed in first]):
             less = _figures([own[seed] for seed in both], [first[seed] for seed in both])
         count = sum(key[0] == cell for key in failed)
-        found.append({"cell": " ".join(cell), "settings": cell, "seeds": sorted(own), "failed": count,
+        found.append({"cell": named(cell), "settings": cell, "seeds": sorted(own), "failed": count,
                       "figures": _figures(list(own.values())), "less the first": less})  # fmt: skip
     parts = _tables(cells[0], found)
-    lost = [[" ".join(cell), seed, why] for (cell, seed), why in failed.items()]
+    lost = [[named(cell), seed, why] for (cell, seed), why in failed.items()]
     if lost:
         parts.append(Table("Failed", ["cell", "training seed", "why"], lost))
     parts += [*_curves(scores, folders), *_side_by_side(scores, folders)]
-    title = f"Ablation of {', '.join(setting.split('=')[0].lstrip('+') for setting in cells[0])}"
+    title = f"Ablation of {', '.join(_keys(cells))}"
     return Report(title, command, parts, {"cells": found, "failed": lost})
+
+
+def named(cell: Cell) -> str:
+    """Its settings as a line."""
+    return " ".join(cell) or "base"
+
+
+def _keys(cells: Sequence[Cell]) -> list[str]:
+    """What is set in any of some cells, each once."""
+    return list(dict.fromkeys(each.split("=")[0].lstrip("+") for cell in cells for each in cell))
 
 
 def _figures(scores: Sequence[Any], others: Sequence[Any] = ()) -> dict[str, Figure]:
@@ -163,11 +173,12 @@ def _figures(scores: Sequence[Any], others: Sequence[Any] = ()) -> dict[str, Fig
 
 def _tables(first: Cell, cells: Sequence[Mapping[str, Any]]) -> list[Part]:
     shown = [name for name in SHOWN if any(name in cell["figures"] for cell in cells)]
-    keys = [setting.split("=")[0].lstrip("+") for setting in first]
-    rows = []
+    keys, rows = _keys([cell["settings"] for cell in cells]), []
+    if any(_keys([cell["settings"]]) != keys for cell in cells):
+        keys = ["cell"]  # which differ in more than values
     for cell in cells:
         seeds = f"{len(cell['seeds'])}" + f", {cell['failed']} FAILED" * bool(cell["failed"])
-        settings = [setting.split("=", 1)[1] for setting in cell["settings"]]
+        settings = [each.split("=", 1)[1] for each in cell["settings"]] if keys != ["cell"] else [cell["cell"]]
         rows.append([*settings, seeds, *(cell["figures"].get(name, "") for name in shown)])
     note = ("Mean over training seeds; 95 % interval for other seeds and other images. Errors and distances: lower is "
             f"better. {NOISE}: of z_t divided into image and noise, whatever is predicted.")  # fmt: skip
@@ -176,7 +187,7 @@ def _tables(first: Cell, cells: Sequence[Mapping[str, Any]]) -> list[Part]:
             for cell in cells for d in (cell["less the first"].get(name) for name in shown) if d]  # fmt: skip
     if less:
         note = f"Paired by training seed, image, noise and prompt; {len(less)} comparisons at 95 % each."
-        parts.append(Table(f"Less {' '.join(first)}", ["cell", "of", "difference", "verdict"], less, note))
+        parts.append(Table(f"Less {named(first)}", ["cell", "of", "difference", "verdict"], less, note))
     return parts
 
 
@@ -193,7 +204,7 @@ def _curves(scores: Mapping[Cell, Mapping[int, Any]], folders: Mapping[tuple[Cel
             for time, error in score["times"].items():
                 several[f"{NOISE} by timestep", sum(map(int, time.split(" to "))) / 2].append(error)
         for (title, x), values in several.items():
-            lines[title].setdefault(" ".join(cell), []).append((x, over_seeds(title, values), ""))
+            lines[title].setdefault(named(cell), []).append((x, over_seeds(title, values), ""))
     return [Curve(title, "t" if "timestep" in title else "step", title.split(",")[0], found)
             for title, found in lines.items()]  # fmt: skip
 
@@ -207,8 +218,8 @@ def _side_by_side(scores: Mapping[Cell, Mapping[int, Any]], folders: Mapping[tup
     seed, kept = min(shared), []
     for i, cell in itertools.product(range(min(scores[cell][seed]["pictures"] for cell in cells)), cells):
         capsule, picture = open_png(folders[cell, seed] / "pictures" / f"{i:02d}.png")
-        kept.append((picture, {"cell": " ".join(cell), **capsule}))
-    return [Pictures(f"Side by side, training seed {seed}", kept, [" ".join(cell) for cell in cells])]
+        kept.append((picture, {"cell": named(cell), **capsule}))
+    return [Pictures(f"Side by side, training seed {seed}", kept, [named(cell) for cell in cells])]
 
 
 def as_csv(cells: Sequence[Mapping[str, Any]]) -> str:
