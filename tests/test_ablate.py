@@ -196,6 +196,10 @@ def test_another_question_in_the_same_folder_is_refused_and_more_seeds_are_not(
         (["data._target_=os.system,shutil.rmtree"], "is refused"),
         (["ablation=nothing"], "choose one of caption_dropout, min_snr, prediction, recipes"),
         (["a word"], "is no setting"),
+        (["cells=['']"], "no question came: 1 different cells of 1"),
+        (["cells=['', ema_decay=0.5, ema_decay=0.5]"], "2 different cells of 3"),
+        (["cells=ema_decay=0.5"], "a list of texts is expected"),
+        (["cells=['', nothing=1]"], "nothing"),
     ],
 )
 def test_bad_requests_end_with_2_one_line_and_no_file(
@@ -207,6 +211,29 @@ def test_bad_requests_end_with_2_one_line_and_no_file(
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_cells_of_different_settings_stand_in_one_table(settings: list[str], tmp_path: Path) -> None:
+    folder, own = tmp_path / "out", [each for each in settings if "prediction" not in each]
+    assert main(["ablate", *own, "cells=['', 'loss.min_snr=5 ema_decay=0.5']", "seeds=1", f"output={folder}"]) == 0
+    first, second = (row for row in rows(folder) if row["figure"] == "denoising MSE")
+    assert (first["cell"], second["cell"]) == ("base", "loss.min_snr=5 ema_decay=0.5")
+    assert float(second["difference"]) != 0.0
+    assert "| cell " in (folder / "report.md").read_text("utf-8")
+    config = next((folder / "runs").glob("loss*/seed-0/config.yaml")).read_text("utf-8")
+    assert "min_snr: 5" in config
+    assert "ema_decay: 0.5" in config
+
+
+def test_cells_and_axes_multiply_and_share_a_cache_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(ablate, "ablate", lambda *arguments: seen.append(arguments) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["ablate", "experiment=emoji/diffusion", "cells=['', repa=0.5 cache=false]", "ema_decay=0.5,0.9"])
+    ablation = seen[0][0]
+    assert ablation.cells == [("ema_decay=0.5",), ("ema_decay=0.9",), ("repa=0.5", "cache=false", "ema_decay=0.5"),
+                              ("repa=0.5", "cache=false", "ema_decay=0.9")]  # fmt: skip
+    assert ablation.cached == ablation.cells[:2]
 
 
 @pytest.mark.parametrize("path", sorted((configs() / "ablation").glob("*.yaml")), ids=lambda path: path.stem)
@@ -222,11 +249,13 @@ def test_an_ablation_that_ships_is_ten_lines_and_a_grid(path: Path, monkeypatch:
     with pytest.raises(InterruptedError):
         main(["ablate", f"ablation={path.stem}", "seeds=5", "limit=3"])
     ablation, scoring = seen[:2]
-    assert len(path.read_text().splitlines()) <= 11
-    assert len(ablation.cells) == 3
-    assert len(ablation.runs()) == 15
-    assert (scoring.data, scoring.limit, len(scoring.samples)) == ("emoji48", 3, 3)
-    assert yaml.safe_load(path.read_text())["seeds"] == 2
+    given = yaml.safe_load(path.read_text())
+    listed = given.get("cells")
+    assert len(path.read_text().splitlines()) - len(listed or ()) <= 14
+    assert len(ablation.cells) == (len(listed) if listed else 3)
+    assert len(ablation.runs()) == 5 * len(ablation.cells)
+    assert (scoring.data, scoring.limit, len(scoring.samples)) == (given.get("data", "emoji48"), 3, 3)
+    assert given["seeds"] in (1, 2, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
