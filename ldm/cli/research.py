@@ -30,7 +30,7 @@ def evaluate(arguments: list[str]) -> None:
         raise ValueError("sweep= and against= are two questions; ask one at a time")
     given = {key: settings[key] for key in ("values", "samplers", "split") if settings[key] is not None}
     if axis is None and given:
-        raise ValueError(f"{min(given)}= belongs to sweep=guidance or sweep=steps; give one, or leave it out")
+        raise ValueError(f"{min(given)}= belongs to sweep=guidance, steps or ema; give one, or leave it out")
     import torch
 
     from ldm import provenance, request

@@ -15,7 +15,7 @@ from ldm import checkpoint, loading
 from ldm.data import STYLES, Sample
 from ldm.data.emoji import splits as all_splits
 from ldm.evaluation.alignment import COLUMNS as ALIGNMENT
-from ldm.evaluation.figures import Figure, compare, paired
+from ldm.evaluation.figures import Figure, compare, mean, paired
 from ldm.evaluation.loss import Losses, check_comparable, measure
 from ldm.evaluation.model import Drawing, Judge, Scored, evaluate_pairs, pairs_of
 from ldm.evaluation.reconstruction import evaluate_autoencoder
@@ -25,7 +25,11 @@ from ldm.evaluation.scores import METRICS
 SPLITS = ("heldout_pairs", "train")
 IN_GRID = 96  # pictures of a split that the report shows
 QUALITY, ADHERENCE = "KID-EffNet", ALIGNMENT[0]
-USUAL: Mapping[str, Sequence[float]] = {"guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "steps": (5, 10, 20, 50)}
+USUAL: Mapping[str, Sequence[float]] = {
+    "guidance": (1.0, 1.5, 2.0, 3.0, 5.0),
+    "steps": (5, 10, 20, 50),
+    "ema": (0.04, 0.05, 0.07, 0.1, 0.15),
+}
 
 
 def score(
@@ -97,7 +101,7 @@ def compare_losses(
 
 def sweep(
     source: str | Path,
-    axis: str,  # guidance or steps
+    axis: str,  # guidance, steps, or ema: σ_rel of a run with ema.power
     values: Sequence[float] | None = None,  # of it; None takes the usual ones
     samplers: Sequence[str] = ("ddim",),  # a line each
     data: str = "emoji48",
@@ -107,18 +111,25 @@ def sweep(
     command: str = "",
     judge: Judge | None = None,
 ) -> Report:
-    """Quality against adherence over guidance scales, or against model evaluations over numbers of steps."""
+    """Quality against adherence over guidance scales, or against steps of sampling, or lengths of averages."""
     if axis not in USUAL:
-        raise ValueError(f"sweep={axis} is unknown; choose guidance or steps")
+        raise ValueError(f"sweep={axis} is unknown; choose {', '.join(USUAL)}")
     drawing = drawing or Drawing()
-    pairs_of(data, split, limit)  # refuses what there is none of, before anything is computed
-    model = loading.load(source)
+    samples = pairs_of(data, split, limit)  # refuses what there is none of, before anything is computed
+    model, loss = loading.load(source), "loss"
     judge = Judge(data) if judge is None else judge
     lines: dict[str, list[tuple[float, float, Scored]]] = {sampler: [] for sampler in samplers}
     for sampler, points in lines.items():
         for value in USUAL[axis] if values is None else values:
-            changed: dict[str, Any] = {"guidance_scale" if axis == "guidance" else "steps": value, "sampler": sampler}
+            changed: dict[str, Any] = {"sampler": sampler}
+            if axis == "ema":
+                model = loading.load(source, weights=f"ema:{value}")
+            else:
+                changed["guidance_scale" if axis == "guidance" else "steps"] = value
             scored = evaluate_pairs(model, data, split, limit, replace(drawing, **changed), judge=judge)
+            if axis == "ema":
+                losses = measure(model, samples)
+                scored.figures[loss] = mean(loss, losses.error.mean(1), losses.groups)
             passes = scored.settings["evaluations"] * (1 if scored.settings["guidance_scale"] == 1.0 else 2)
             points.append((value, passes, scored))
     found = [(sampler, *point) for sampler, points in lines.items() for point in points]
@@ -130,12 +141,18 @@ def sweep(
     rows = [[sampler, value, passes, "yes" if best else "", *scored.figures.values()]
             for (sampler, value, passes, scored), best in zip(found, front, strict=True)]  # fmt: skip
     note = f"Pareto: no other setting is better both in {QUALITY} and in {ADHERENCE}, which the intervals qualify."
-    cost = "UNet passes"
-    curves = []
-    for x, y in [(ADHERENCE, QUALITY)] if axis == "guidance" else [(cost, QUALITY), (cost, ADHERENCE)]:
+    cost, curves = "UNet passes", []
+    shown = {
+        "guidance": [(ADHERENCE, QUALITY)],
+        "steps": [(cost, QUALITY), (cost, ADHERENCE)],
+        "ema": [("σ_rel", loss), ("σ_rel", QUALITY)],
+    }
+    for x, y in shown[axis]:
         curve = {
             sampler: [
-                (passes, s.figures[y], "") if x == cost else (s.figures[x], s.figures[y], f"{value:g}")
+                (s.figures[x], s.figures[y], f"{value:g}")
+                if x == ADHERENCE
+                else (passes if x == cost else value, s.figures[y], "")
                 for value, passes, s in points
             ]
             for sampler, points in lines.items()

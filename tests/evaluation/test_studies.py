@@ -13,10 +13,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from ldm import averages
 from ldm.checkpoint import Contents
 from ldm.checkpoint import save as save_checkpoint
 from ldm.cli import main
 from ldm.evaluation import Drawing, Judge, score, studies, sweep
+from ldm.evaluation.loss import measure
+from ldm.evaluation.model import pairs_of
 from ldm.pipeline import LatentDiffusion
 
 QUICK = Drawing(seeds=2, steps=2, guidance_scale=2.0)
@@ -87,12 +90,29 @@ def test_sweeps_give_a_table_a_front_and_curves(saved: Path, judge48: Judge, tmp
         sweep(saved, "guidance", [1.0], limit=1, drawing=drawing, judge=judge48)
 
 
+def test_a_sweep_over_averages_scores_each_length(model: LatentDiffusion, judge48: Judge, tmp_path: Path) -> None:
+    run, contents = tmp_path / "run", model.contents()
+    contents.settings["cursor"] = {"step": 4}
+    save_checkpoint(run / "checkpoints/step-00000004", contents)
+    own = dict(model.unet.state_dict())
+    averages.write(run / averages.FOLDER, averages.Profile(0.05, 4), own)
+    averages.write(run / averages.FOLDER, averages.Profile(0.1, 4), {name: 1.5 * value for name, value in own.items()})
+    table, loss, quality, *_ = sweep(run, "ema", [0.05, 0.1], limit=3, drawing=Drawing(2, 2), judge=judge48).parts
+    short, long = (figure.value for _, figure, _ in loss.lines["ddim"])
+    assert [x for x, _, _ in loss.lines["ddim"]] == [0.05, 0.1]
+    assert short == pytest.approx(measure(model, pairs_of("emoji48", "train", 3)).error.mean(), rel=1e-2)  # in float16
+    assert abs(long - short) > 0.05 * short
+    assert (loss.y, quality.y) == ("loss", "KID-EffNet")
+    assert "loss" in table.columns
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["data=nothing"], "'nothing' is unknown here"),
-        (["sweep=seeds"], "choose guidance or steps"),
+        (["sweep=seeds"], "choose guidance, steps, ema"),
         (["sweep=guidance", "against=emoji"], "ask one at a time"),
+        (["sweep=ema", "limit=3"], "train with ema.power"),
         (["values=1,2"], "belongs to sweep="),
         (["samplers=ddim"], "belongs to sweep="),
         (["seeds=0"], "at least 1"),
