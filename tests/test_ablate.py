@@ -194,7 +194,7 @@ def test_another_question_in_the_same_folder_is_refused_and_more_seeds_are_not(
         (["diffusion.prediction=v,epsilon", "pictures=0"], "at least 1"),
         (["experiment=emoji/nothing,emoji/diffusion"], "emoji/nothing"),
         (["data._target_=os.system,shutil.rmtree"], "is refused"),
-        (["ablation=nothing"], "choose one of caption_dropout, min_snr, prediction, recipes"),
+        (["ablation=nothing"], "choose one of beta, caption_dropout, min_snr, openmoji, prediction, recipes"),
         (["a word"], "is no setting"),
         (["cells=['']"], "no question came: 1 different cells of 1"),
         (["cells=['', ema_decay=0.5, ema_decay=0.5]"], "2 different cells of 3"),
@@ -252,9 +252,10 @@ def test_an_ablation_that_ships_is_ten_lines_and_a_grid(path: Path, monkeypatch:
     given = yaml.safe_load(path.read_text())
     listed = given.get("cells")
     assert len(path.read_text().splitlines()) - len(listed or ()) <= 14
-    assert len(ablation.cells) == (len(listed) if listed else 3)
+    assert len(ablation.cells) == (len(listed) if listed else 4 if path.stem == "beta" else 3)
     assert len(ablation.runs()) == 5 * len(ablation.cells)
-    assert (scoring.data, scoring.limit, len(scoring.samples)) == (given.get("data", "emoji48"), 3, 3)
+    own = given.get("data", "emoji48" if "data.train.name" not in given else None)
+    assert (scoring.data, scoring.limit, len(scoring.samples)) == (own, 3, 3)
     assert given["seeds"] in (1, 2, 3)
 
 

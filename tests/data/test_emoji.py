@@ -135,3 +135,19 @@ def test_unknown_names_and_splits_list_the_known_ones() -> None:
         emoji_dataset("emojis")
     with pytest.raises(ValueError, match="heldout_pairs"):
         emoji_dataset("emoji200", "test")
+
+
+def test_favouring_a_set_repeats_what_it_trains_on_and_leaves_out_all_that_is_held_out() -> None:
+    plain, mixed = emoji_dataset("emoji", "train"), emoji_dataset("emoji", "train", favour="emoji200", times=3)
+    held = {key for split in ("heldout_pairs", "heldout_concepts") for key in splits()["emoji"][split]}
+    held |= set(splits()["emoji200"]["heldout_pairs"])
+    assert not held & set(mixed.keys)
+    often = set(splits()["emoji200"]["train"]) & set(plain.keys)
+    counts = Counter(mixed.keys)
+    assert {key for key, count in counts.items() if count == 3} == often
+    assert {key for key, count in counts.items() if count == 1} == set(plain.keys) - often - held
+    assert mixed[1].key == mixed.keys[1]
+    with pytest.raises(ValueError, match="times=0 must be at least 1"):
+        emoji_dataset("emoji", "train", "emoji200", 0)
+    with pytest.raises(ValueError, match="'emoji9' is unknown"):
+        emoji_dataset("emoji", "train", "emoji9")
