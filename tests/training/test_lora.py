@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -114,7 +113,6 @@ def test_the_file_of_a_lora_has_the_names_and_shapes_of_diffusers_and_does_there
     torch.testing.assert_close(unet(z, t, context), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="diffusers loads LoRAs by peft")
 def test_diffusers_loads_the_file_of_a_lora(exported: tuple[Path, UNet]) -> None:
     path, unet = exported
     theirs = copy.deepcopy(pipeline("sd1"))
