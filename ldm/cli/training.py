@@ -279,6 +279,10 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
         rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
         raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
+    others = ("lora.rank", "ema.power", "repa") if cfg.stage == "autoencoder" else ("adversarial", "perceptual")
+    for key in others:
+        if OmegaConf.select(cfg, key):
+            raise ValueError(f"{key} is not for stage={cfg.stage}; leave it out, or choose an experiment of the other")
     module: AutoencoderTraining | DiffusionTraining
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
