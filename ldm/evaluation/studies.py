@@ -116,11 +116,12 @@ def sweep(
         raise ValueError(f"sweep={axis} is unknown; choose {', '.join(USUAL)}")
     drawing = drawing or Drawing()
     samples = pairs_of(data, split, limit)  # refuses what there is none of, before anything is computed
-    model, loss = loading.load(source), "loss"
+    values, loss = USUAL[axis] if values is None else values, "loss"
+    model = loading.load(source, weights=f"ema:{values[0]}" if axis == "ema" else "ema")
     judge = Judge(data) if judge is None else judge
     lines: dict[str, list[tuple[float, float, Scored]]] = {sampler: [] for sampler in samplers}
     for sampler, points in lines.items():
-        for value in USUAL[axis] if values is None else values:
+        for value in values:
             changed: dict[str, Any] = {"sampler": sampler}
             if axis == "ema":
                 model = loading.load(source, weights=f"ema:{value}")
