@@ -279,8 +279,8 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
         rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
         raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
-    others = ("lora.rank", "ema.power", "repa") if cfg.stage == "autoencoder" else ("adversarial", "perceptual")
-    for key in others:
+    stage_one = ("adversarial", "perceptual", "decoder_only")
+    for key in ("lora.rank", "ema.power", "repa") if cfg.stage == "autoencoder" else stage_one:
         if OmegaConf.select(cfg, key):
             raise ValueError(f"{key} is not for stage={cfg.stage}; leave it out, or choose an experiment of the other")
     module: AutoencoderTraining | DiffusionTraining
@@ -288,11 +288,14 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
         if cfg.stage == "autoencoder":
             autoencoder = instantiate(cfg.autoencoder, _convert_="all")
+            decoder_only = cfg.get("decoder_only", False)
+            if decoder_only and cfg.init is None:
+                raise ValueError("decoder_only=true keeps the encoder of init=MODEL: give one")
             if cfg.init is not None:
                 autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
             perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
-            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual)
+            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual, decoder_only)
             module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, *terms)
             encoders = None
         else:

@@ -38,12 +38,17 @@ class AutoencoderTraining(pl.LightningModule):
         seed: int = 0,
         adversarial: Adversarial | None = None,
         perceptual: Perceptual | None = None,
+        decoder_only: bool = False,  # the latents stay what they are, so that a UNet trained on them still fits
     ) -> None:
         super().__init__()
+        self.decoder_only = decoder_only
         self.adversarial = adversarial
         self._perceptual = [perceptual]  # in a list, so that no checkpoint keeps the frozen network
         self._means: list[Tensor] = []  # of the posteriors of a validation
         self.autoencoder, self.loss = autoencoder.train().requires_grad_(True), loss
+        if decoder_only:
+            autoencoder.encoder.requires_grad_(False)
+            autoencoder.to_moments.requires_grad_(False)
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
         self.ema = EMA(autoencoder, ema_decay)
 
@@ -131,5 +136,6 @@ class AutoencoderTraining(pl.LightningModule):
 
     def contents(self) -> Contents:
         """What a checkpoint keeps; the latent scale is measured for it."""
-        self.measure_latent_scale()
+        if not self.decoder_only:
+            self.measure_latent_scale()
         return Contents({"autoencoder": self.ema.average}, raw={"autoencoder": self.autoencoder.state_dict()})
