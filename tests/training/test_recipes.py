@@ -66,6 +66,7 @@ def test_eps_is_short_for_epsilon() -> None:
         (["experiment=emoji/autoencoder", "repa=0.5"], "repa is not for stage=autoencoder"),
         (["perceptual=features"], "perceptual is not for stage=diffusion"),
         (["adversarial=patch"], "adversarial is not for stage=diffusion"),
+        (["decoder_only=true"], "decoder_only is not for stage=diffusion"),
     ],
 )
 def test_a_setting_of_the_other_stage_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
