@@ -74,7 +74,7 @@ def test_plain_attention_equals_the_fused_kernel() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_in_parts_attends_as_a_whole_one_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_in_parts_attends_as_a_whole_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, g = (y.to(dtype).requires_grad_() for y in torch.randn(4, 5, 4, 64, 32))
     whole = attend(q, k, v)
     calls, plain = [], attention._plain
