@@ -86,9 +86,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.order: Order | WindowedOrder | Buckets = Order(len(samples), seed)
         if buckets is not None:
             if window is not None:
-                raise ValueError(
-                    f"data.window={window} with data.buckets: each is an order of its own; set one to null"
-                )
+                raise ValueError(f"data.window={window} with data.buckets: two orders; set one of them to null")
             self.order = Buckets(buckets, samples, batch_size, seed)
         elif window is not None:
             if samples.counts is None:
