@@ -88,6 +88,7 @@ def fit(
         "samples": len(data.train),
         "index": data.train.index_hash,
         "window": data.window,
+        "buckets": data.buckets,
         "on_bad": data.on_bad,
     }
     if resume is not None:
