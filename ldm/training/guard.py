@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -103,20 +104,19 @@ class Guard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Agree, clip, skip."""
-        norms = {}
-        for name, parameters in _by_name(optimizer).items():
-            norms[name] = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        together: dict[str, list[Tensor]] = defaultdict(list)  # parameters of the groups of one name
+        for group in optimizer.param_groups:
+            together[group["clip"]] += group["params"]
+        norms = {name: whole(torch.nn.utils.clip_grad_norm_(some, self.clip)) for name, some in together.items()}
         values = torch.stack([torch.as_tensor(self._loss), *(norm.double() for norm in norms.values())]).tolist()
-        loss, bad = values[0], not all(math.isfinite(value) for value in values)
-        rows = self._gather([float(self._received), float(bad), loss, *map(float, self._batch)])
-        number, bad, loss = int(max(row[0] for row in rows)), any(row[1] for row in rows), _mean(rows, 2)
-        self._seen += int(sum(row[3] for row in rows))
-        self._replaced += int(sum(row[4] for row in rows))
+        own = [float(self._received), float(not all(map(math.isfinite, values))), values[0], *map(float, self._batch)]
+        numbers, faults, losses, seen, replaced = zip(*self._gather(own), strict=True)  # a column of all ranks each
+        bad, loss = any(faults), sum(losses) / len(losses)
+        self._seen += int(sum(seen))
+        self._replaced += int(sum(replaced))
         self._in_a_row = self._in_a_row + 1 if bad else 0
         if bad:
-            for group in optimizer.param_groups:  # without gradients the optimiser leaves weights and moments alone
-                for p in group["params"]:
-                    p.grad = None
+            optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
             self._skipped += 1
             self._event(trainer, "skipped", loss)
         else:
@@ -125,7 +125,7 @@ class Guard(pl.Callback):
             pl_module.log("loss", loss, prog_bar=True, logger=False)
             pl_module.log_dict({f"train/grad_norm{name}": norm for name, norm in norms.items()})
         pl_module.log_dict({"train/skipped_steps": float(self._skipped), "train/substituted": float(self._replaced)})
-        self._judge(number)
+        self._judge(int(max(numbers)))
         self._clear()
 
     def _gather(self, own: list[float]) -> list[list[float]]:
@@ -199,18 +199,6 @@ class Guard(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Likewise."""
         self.on_fit_end(trainer, pl_module)
-
-
-def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """The parameters that are clipped together: those of groups of one name."""
-    found: dict[str, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        found.setdefault(group["clip"], []).extend(group["params"])
-    return found
-
-
-def _mean(rows: list[list[float]], column: int) -> float:
-    return sum(row[column] for row in rows) / len(rows)
 
 
 def ignore_signals(worker: int) -> None:

@@ -31,13 +31,7 @@ from ldm.training.guard import Guard, Limits
 from ldm.training.sharded import Sharded
 from ldm.training.speed import Layout
 
-OWN = (
-    "timeout",
-    "channels_last",
-    "checkpointing",
-    "compile",
-    "slurm",
-)  # settings of a trainer that are not Lightning's
+OWN = ("timeout", "channels_last", "checkpointing", "compile", "slurm")  # settings that are not Lightning's
 
 
 @dataclass(frozen=True)
