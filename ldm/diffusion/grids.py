@@ -20,17 +20,11 @@ from ldm.diffusion.schedule import NoisePath
 
 @dataclass(frozen=True)
 class Grid:
-    """Times from noise to image, with the signal and the noise at each.
+    """Times from noise to image, with the signal and the noise at each."""
 
-    Attributes:
-        times: falling, steps + 1 of them; the last is where the sampler ends, -1 for a clean image.
-        alpha: the signal at each time.
-        sigma: the noise at each time.
-    """
-
-    times: tuple[float, ...]
-    alpha: tuple[float, ...]
-    sigma: tuple[float, ...]
+    times: tuple[float, ...]  # falling, steps + 1 of them; the last is where the sampler ends, -1 for a clean image
+    alpha: tuple[float, ...]  # the signal at each time
+    sigma: tuple[float, ...]  # the noise at each time
 
     @property
     def steps(self) -> int:

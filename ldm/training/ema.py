@@ -21,18 +21,14 @@ PARTS = ".parametrizations."  # in the names of what a weight is made of (LoRA)
 
 
 class EMA(pl.Callback):
-    """θ̄ ← θ̄ + (1 - d)(θ - θ̄) after every optimiser step, d = min(decay, (1 + k) / (10 + k)) at step k.
-
-    Attributes:
-        average: a copy of the module with the averaged weights, in float32.
-        power: power-function averages by σ_rel (``ldm.averages``), written into the run beside each checkpoint.
-    """
+    """θ̄ ← θ̄ + (1 - d)(θ - θ̄) after every optimiser step, d = min(decay, (1 + k) / (10 + k)) at step k."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999, power: Sequence[float] = ()) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema_decay={decay}: the rule is 0 <= decay < 1")
         self.decay, self.source = decay, module
-        self.average = copy.deepcopy(module).eval().requires_grad_(False)
+        self.average = copy.deepcopy(module).eval().requires_grad_(False)  # with the averaged weights, in float32
+        # Power-function averages by σ_rel (ldm.averages), written into the run beside each checkpoint.
         self.power = {round(sigma, 3): copy.deepcopy(self.average) for sigma in power if averages.exponent(sigma)}
         self._step = -1
 

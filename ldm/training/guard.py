@@ -30,19 +30,12 @@ class PosteriorCollapse(UserWarning):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a training stops by itself.
+    """When a training stops by itself."""
 
-    Attributes:
-        nonfinite: steps in a row with a loss or a gradient that is not finite; each is skipped.
-        substituted: share of the samples that ``data.on_bad=skip`` may replace, once there were a hundred.
-        spike: a loss so many standard deviations above its running mean is logged with the keys of its samples.
-        active_units: of stage one: share of latent units below which a validation warns of a collapsed posterior.
-    """
-
-    nonfinite: int = 5
-    substituted: float = 0.01
-    spike: float = 6.0
-    active_units: float = 0.05
+    nonfinite: int = 5  # steps in a row with a loss or a gradient that is not finite; each is skipped
+    substituted: float = 0.01  # share of the samples that data.on_bad=skip may replace, once there were a hundred
+    spike: float = 6.0  # a loss so many standard deviations above its running mean is logged with its samples' keys
+    active_units: float = 0.05  # stage one: share of latent units below which a validation warns of a collapse
 
     def __post_init__(self) -> None:
         shares = all(0.0 <= share <= 1.0 for share in (self.substituted, self.active_units))
@@ -55,16 +48,12 @@ class Guard(pl.Callback):
 
     The ranks exchange five numbers a step, so none can take a step or stop that the others do not. What happened is
     written to ``events.jsonl`` in the run folder.
-
-    Attributes:
-        signal: that stopped the training, on whichever rank it came.
-        fault: why the training stopped by itself.
     """
 
     def __init__(self, limits: Limits, run: Path, clip: float | None) -> None:
         self.limits, self.run, self.clip = limits, run, math.inf if clip is None else clip
-        self.signal: int | None = None
-        self.fault: str | None = None
+        self.signal: int | None = None  # that stopped the training, on whichever rank it came
+        self.fault: str | None = None  # why the training stopped by itself
         self._received = 0
         self._before: dict[int, Any] = {}
         self._group: Any = None
