@@ -4,8 +4,6 @@ Picture i is the same however the work is split: its seed is seed + i, and nothi
 A picture is there whole or not at all, so a run that was stopped goes on with those that are missing.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence

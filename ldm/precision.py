@@ -1,7 +1,5 @@
 """Number formats and convolutions to sample with: which there are, and which are the fastest that are exact enough."""
 
-from __future__ import annotations
-
 import time
 from functools import cache
 

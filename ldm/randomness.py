@@ -6,8 +6,6 @@ size and restarts cannot change a result. Only NumPy's *bit generator* is used, 
 for ever; the step from bits to uniforms and normals is our own, because NumPy's may change between versions.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterable, Sequence

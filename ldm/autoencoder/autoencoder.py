@@ -3,10 +3,8 @@
 Shapes: n images, c channels, h × w pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -208,7 +206,7 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Autoencoder:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module, but for the latent scale: it stays in float32, exact in every precision."""
         mean, std = self.latent_mean, self.latent_std
         super()._apply(fn, recurse)

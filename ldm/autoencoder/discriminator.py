@@ -1,7 +1,5 @@
 """The adversarial term of stage one: a discriminator of patches, and how much its opinion weighs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The autoencoder's loss: a calibrated likelihood and a weighted KL divergence."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

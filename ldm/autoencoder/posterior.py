@@ -1,7 +1,5 @@
 """The posterior q(m | x) of the autoencoder: a diagonal normal distribution over raw latents m."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

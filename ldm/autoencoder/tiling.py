@@ -8,8 +8,6 @@ difference to decoding in one piece are those statistics: they are pooled from t
 Shapes: n images, c channels, h × w latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

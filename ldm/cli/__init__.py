@@ -1,7 +1,5 @@
 """The doors: ``ldm``, ``train.py`` and ``sample.py``. Hydra and OmegaConf stop here; what lies behind gets objects."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

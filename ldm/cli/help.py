@@ -1,7 +1,5 @@
 """What ``--help`` says: a text file a command in ``configs/help``, and the names that there are."""
 
-from __future__ import annotations
-
 from ldm.cli.settings import configs
 
 

@@ -1,7 +1,5 @@
 """``ldm train``: from a config to objects, and the only place where Hydra and OmegaConf work."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

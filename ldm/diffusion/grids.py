@@ -5,8 +5,6 @@ that have it. All but leading begin at the noisiest time, where z is taken to be
 here a trace of the image is left (α = 0.006 at the last step of ``linear``), unless they are rescaled to none.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ class Grid:
         """Number of steps."""
         return len(self.times) - 1
 
-    def tail(self, first: int) -> Grid:
+    def tail(self, first: int) -> "Grid":
         """The grid from its time ``first`` on, where image-to-image begins; at least one step is left.
 
         Raises:

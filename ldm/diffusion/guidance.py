@@ -1,7 +1,5 @@
 """Classifier-free guidance (Ho & Salimans, 2207.12598), over a network as a plain callable."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The loss of stage two: squared error an image, with a weight that may hang on the signal-to-noise ratio."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Each recipe is one field, off by itself. Every draw is a pure function of (seed,
 the sample's own latents: none hangs on the rest of the batch, so ranks and micro-batches change nothing.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -3,8 +3,6 @@
 Two paths with one interface: :class:`Schedule`, with α² = ᾱ and σ² = 1 - ᾱ, and :class:`Flow`, with α + σ = 1.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

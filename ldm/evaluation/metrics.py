@@ -8,8 +8,6 @@ Features are any callable from images to (n, d). Figures over EfficientNet-Lite0
 features are Inception's. Shapes: N real and n generated images, d features, B resamplings.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence

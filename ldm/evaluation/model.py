@@ -1,7 +1,5 @@
 """Score what a model draws of the pairs of a data set, from their captions (DESIGN §7, the score)."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What ``ldm evaluate`` does, a report each: score a model, compare the losses of two, sweep guidance or steps."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """``ldm doctor``: names what will go wrong in a training before its first step. ``train.py`` runs the quick part."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """``ldm plan``: work, memory, time and cost of a training before it is begun (docs/scale.md)."""
 
-from __future__ import annotations
-
 import resource
 import statistics
 import time

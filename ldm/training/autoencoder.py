@@ -1,7 +1,5 @@
 """Stage one: the KL autoencoder (line two of the picture, its first half)."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stage two: the text-conditioned UNet (line two of the picture)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Moving averages of the trained weights, kept apart: nothing is ever swapped in place."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

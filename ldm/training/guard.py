@@ -1,7 +1,5 @@
 """What all ranks decide together, once an optimiser step: whether to skip it, and whether to stop after it."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

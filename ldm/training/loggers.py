@@ -1,7 +1,5 @@
 """A wandb logger without a key is an error in the first second, not after an epoch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import wandb

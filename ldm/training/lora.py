@@ -3,8 +3,6 @@
 By torch's parametrisation of ``weight``: modules, their forward pass and their names stay what they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

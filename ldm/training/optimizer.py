@@ -1,7 +1,5 @@
 """Adam with float32 master weights, and how the learning rate goes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One training from set-up to last checkpoint: what ``train.py`` calls."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

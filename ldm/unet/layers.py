@@ -3,8 +3,6 @@
 Shapes: n images, c channels, h × w latents, e width of the time embedding.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -6,8 +6,6 @@ blocks and a downsampling; the mirror image of it; each input block hands its ou
 Shapes: n images, c channels, h × w latents, m text tokens, d width of the context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
