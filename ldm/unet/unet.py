@@ -7,6 +7,7 @@ Shapes: n images, c channels, h × w latents, m text tokens, d width of the cont
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,13 +76,15 @@ class UNet(nn.Module):
         self.gradient_checkpointing = False
         self.time_dim, embedding_dim = widths[0], 4 * widths[0]
 
+        res = partial(ResBlock, embedding_dim=embedding_dim, dropout=dropout)
+
         def attend(level: int) -> Transformer:
             return Transformer(widths[level], heads[level], context_dim, linear_projections)
 
         def block(c_in: int, level: int, upsample: bool = False) -> Block:
             c = widths[level]
             transformer = attend(level) if attention[level] else None
-            return Block(ResBlock(c_in, c, embedding_dim, dropout), transformer, Upsample(c) if upsample else None)
+            return Block(res(c_in, c), transformer, Upsample(c) if upsample else None)
 
         self.time_embedding = nn.Sequential(
             nn.Linear(self.time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
@@ -96,13 +99,7 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.input_blocks.append(Downsample(channels))
                 skips.append(channels)
-        self.middle_blocks = nn.ModuleList(
-            [
-                ResBlock(channels, channels, embedding_dim, dropout),
-                attend(-1),
-                ResBlock(channels, channels, embedding_dim, dropout),
-            ]
-        )
+        self.middle_blocks = nn.ModuleList([res(channels, channels), attend(-1), res(channels, channels)])
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             for i in range(num_blocks + 1):
