@@ -111,17 +111,13 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Predict from noisy latents.
-
-        Args:
-            z: noisy latents, shape (n, in_channels, h, w).
-            t: timesteps in [0, 1000), real, shape (n,).
-            context: text, shape (n, m, d).
-
-        Returns:
-            Shape (n, out_channels, h, w), in the type of z.
-        """
+    def forward(
+        self,
+        z: Tensor,  # noisy latents, (n, in_channels, h, w)
+        t: Tensor,  # timesteps in [0, 1000), real, (n,)
+        context: Tensor,  # text, (n, m, d)
+    ) -> Tensor:
+        """The prediction from noisy latents, (n, out_channels, h, w), in the type of z."""
         embedding = self.time_embedding(timestep_embedding(t, self.time_dim).to(z.dtype))
         h, skips = z, []
         for module in self.input_blocks:
