@@ -69,11 +69,9 @@ class EMA(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Average once an optimiser step, however many micro-batches it has."""
-        step = trainer.global_step
-        if step == self._step:
-            return
-        self._step = step
-        self.update(step)
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.update(self._step)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
