@@ -139,11 +139,9 @@ class Autoencoder(nn.Module):
         stem: int = 1,  # 2, 4: leave full resolution at once, by folding stem × stem pixels into channels
     ) -> None:
         super().__init__()
-        if stem * 2 ** (len(widths) - 1) != DOWNSAMPLING:
-            raise ValueError(
-                f"stem={stem} with {len(widths)} widths shrinks by {stem * 2 ** (len(widths) - 1)}; "
-                f"the rule is stem · 2^(len(widths) - 1) = {DOWNSAMPLING}"
-            )
+        if (shrinks := stem * 2 ** (len(widths) - 1)) != DOWNSAMPLING:
+            rule = f"the rule is stem · 2^(len(widths) - 1) = {DOWNSAMPLING}"
+            raise ValueError(f"stem={stem} with {len(widths)} widths shrinks by {shrinks}; {rule}")
         if any(width % NUM_GROUPS for width in widths):
             raise ValueError(f"widths={tuple(widths)}: each must be a multiple of {NUM_GROUPS} (group normalisation)")
         depths = {"widths": list(widths), "num_blocks": num_blocks}

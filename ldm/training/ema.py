@@ -55,17 +55,16 @@ class EMA(pl.Callback):
         """What a resume needs goes into the checkpoint; snapshots, and a LoRA for diffusers, into the run's folder."""
         parts = {name: value for name, value in self.average.state_dict().items() if PARTS in name}
         checkpoint[BESIDE] = {"parts": parts} | {str(s): average.state_dict() for s, average in self.power.items()}
-        lora = isinstance(self.average, UNet) and any(factors(self.average))
+        lora = self.average if isinstance(self.average, UNet) and any(factors(self.average)) else None
         # What is not finite is refused by the checkpoint, which says why.
-        wanted = trainer.is_global_zero and (self.power or lora)
+        wanted = trainer.is_global_zero and (self.power or lora is not None)
         if wanted and all(p.isfinite().all() for p in self.average.parameters()):
             run = Path(trainer.default_root_dir)
             for sigma, average in self.power.items():
                 profile = averages.Profile(sigma, trainer.global_step)
                 averages.write(run / averages.FOLDER, profile, average.state_dict())
-            if lora:
-                assert isinstance(self.average, UNet)
-                export_lora(self.average, run / "pytorch_lora_weights.safetensors")
+            if lora is not None:
+                export_lora(lora, run / "pytorch_lora_weights.safetensors")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Average once an optimiser step, however many micro-batches it has."""
