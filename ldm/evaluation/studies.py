@@ -144,8 +144,8 @@ def sweep(
     for x, y in shown[axis]:
         lines: dict[str, list[tuple[float | Figure, Figure, str]]] = {sampler: [] for sampler in samplers}
         for sampler, value, passes, scored in found:
-            at = {cost: passes, length: value, **scored.figures}[x]
-            lines[sampler].append((at, scored.figures[y], f"{value:g}" if x == ADHERENCE else ""))
+            places: dict[str, float | Figure] = {cost: passes, length: value, **scored.figures}
+            lines[sampler].append((places[x], scored.figures[y], f"{value:g}" if x == ADHERENCE else ""))
         curves.append(Curve(f"{y} against {x}", x, y, lines))
     table = Table(f"{data}, {split}", ["sampler", axis, cost, "Pareto", *names], rows, note)
     pictures = [_pictures(f"{sampler}, {axis} {value:g}", scored) for sampler, value, _, scored in found]
