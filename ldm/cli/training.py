@@ -1,7 +1,5 @@
 """``ldm train``: from a config to objects, and the only place where Hydra and OmegaConf work."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -263,9 +261,8 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.diffusion import DiffusionTraining
     from ldm.training.guard import Limits
-    from ldm.training.loggers import check_wandb
     from ldm.training.lora import adapt
-    from ldm.training.run import Intervals
+    from ldm.training.run import Intervals, check_wandb
 
     check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
     if cfg.stage not in ("autoencoder", "diffusion"):

@@ -3,8 +3,6 @@
 Shapes: n images, c channels, h × w latents, l queries (h·w), m keys (l, or 77 text tokens), d width of the context.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
