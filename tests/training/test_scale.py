@@ -132,7 +132,7 @@ def test_shards_hold_each_rank_s_own_and_together_what_a_whole_checkpoint_holds_
 ) -> None:
     whole, shards = (checkpoint.newest(run) for run in runs.values())
     manifest = checkpoint.read_manifest(shards)
-    names = [f"{part}.shard-0000{r}-of-00003.safetensors" for part in ("state", "unet", "unet.raw") for r in range(3)]
+    names = [f"{part}.shard-0000{r}-of-00003.safetensors" for part in ("state", "unet.raw", "unet") for r in range(3)]
     assert sorted(name for name in manifest["files"] if "shard" in name) == names
     assert {path.name for path in shards.iterdir()} == {*manifest["files"], checkpoint.MANIFEST}
     first, last = (safetensors.torch.load_file(shards / names[i]) for i in (3, 5))
