@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.io import CheckpointIO
 
@@ -94,6 +95,12 @@ class Folders(pl.Callback):
         if trainer.is_global_zero:
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay Adam's moments as the weights lie: fused, it goes by memory, and the run may have had another layout."""
+        for optimizer in trainer.optimizers:
+            for weight, state in optimizer.state.items():
+                state |= {k: torch.empty_like(weight).copy_(v) for k, v in state.items() if v.shape == weight.shape}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Every so many optimiser steps."""
