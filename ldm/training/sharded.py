@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import keystr, tree_map, tree_map_with_path
@@ -74,7 +73,7 @@ def gathered(contents: Contents) -> Contents:
     return contents
 
 
-def _shared_out(contents: Contents) -> dict[str, nn.Module]:
+def _shared_out(contents: Contents) -> dict[str, UNet]:
     """The modules that are shared out; one without memory takes the place of each."""
     found = {name: m for name, m in contents.components.items() if isinstance(m, UNet) and type(m) is not UNet}
     for name, module in found.items():  # fully_shard has put a class of its own over UNet
@@ -101,7 +100,7 @@ def save(target: Path, contents: Contents, state: dict[str, Any], share: Path | 
         return keystr(path)
 
     state = tree_map_with_path(take, state)
-    shared = {name: module.state_dict() for name, module in _shared_out(contents).items()}
+    shared: dict[str, Any] = {name: module.state_dict() for name, module in _shared_out(contents).items()}
     shared |= {f"{name}.raw": weights for name, weights in contents.raw.items()} | {"state": moments}
     contents.raw = {}
     ending = f"shard-{rank:05d}-of-{dist.get_world_size():05d}.safetensors"
@@ -118,7 +117,7 @@ def save(target: Path, contents: Contents, state: dict[str, Any], share: Path | 
         _together(begin)
         every = _together(lambda: {file: checkpoint.put(part / file, weights, {}) for file, weights in own.items()})
         shards = {file: entry for files in every for file, entry in files.items()}
-        _together(lambda: rank or checkpoint.save(target, contents, state, share, shards))
+        _together(lambda: rank or checkpoint.save(target, contents, state, share, shards))  # type: ignore[func-returns-value]
 
 
 def _own(weights: Mapping[str, Any], rank: int) -> dict[str, torch.Tensor]:
