@@ -5,8 +5,6 @@ length σ_rel the profile's standard deviation over t. A training writes some do
 nearly a weighted sum of those, and so is its average.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

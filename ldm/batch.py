@@ -4,8 +4,6 @@ Picture i is the same however the work is split: its seed is seed + i, and nothi
 A picture is there whole or not at all, so a run that was stopped goes on with those that are missing.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -118,11 +116,9 @@ def _claim(output: Path, asked: dict[str, Any], paths: Sequence[Path], rank: int
             found = json.loads(there.read_text())
         except json.JSONDecodeError:
             found = {}
-        other = sorted(key for key in asked.keys() | found.keys() if asked.get(key) != found.get(key))
-        if other:
-            raise ValueError(
-                f"output={output} holds pictures of another request (other: {', '.join(other)}); name another folder"
-            )
+        differ = sorted(key for key in asked.keys() | found.keys() if asked.get(key) != found.get(key))
+        if other := ", ".join(differ):
+            raise ValueError(f"output={output} holds pictures of another request (other: {other}); name another folder")
     elif any(path.exists() for path in paths):
         raise ValueError(f"output={output} holds pictures, and no {REQUEST} says whose; name another folder")
     elif write:

@@ -6,8 +6,6 @@ the bit, but for layers that have a faster form (PackedUpsample, PackedFeedForwa
 operators are those that torch's compiler emits for frozen weights; a torch without them keeps its layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What made a picture, in a text chunk of its PNG; and where it was made: code, versions, machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

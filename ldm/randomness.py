@@ -6,8 +6,6 @@ size and restarts cannot change a result. Only NumPy's *bit generator* is used, 
 for ever; the step from bits to uniforms and normals is our own, because NumPy's may change between versions.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterable, Sequence
@@ -18,18 +16,13 @@ import torch
 _MASK = (1 << 64) - 1
 
 
-def bits(seed: int, stream: str, position: int, count: int) -> np.ndarray:
-    """Raw bits: ``count`` uint64, a pure function of the three addresses.
-
-    Args:
-        seed: any integer; taken modulo 2**64. Seed 0 is a seed.
-        stream: what the numbers are for, e.g. ``"noise"``; streams are independent of each other.
-        position: which sample, image or step they are for, >= 0.
-        count: how many words.
-
-    Returns:
-        uint64 array, shape (count,).
-    """
+def bits(
+    seed: int,  # any integer; taken modulo 2**64. Seed 0 is a seed
+    stream: str,  # what the numbers are for, e.g. "noise"; streams are independent of each other
+    position: int,  # which sample, image or step they are for, >= 0
+    count: int,  # how many words
+) -> np.ndarray:  # uint64 (count,)
+    """Raw bits: ``count`` uint64, a pure function of the three addresses."""
     key = np.array([seed & _MASK, zlib.crc32(stream.encode())], dtype=np.uint64)
     # The low word of the counter is the one Philox increments: the address goes above it.
     counter = np.array([0, position, 0, 0], dtype=np.uint64)
@@ -47,13 +40,10 @@ def integer(seed: int, stream: str, position: int, high: int) -> int:
 
 
 def normal(seed: int, stream: str, position: int, shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal numbers by Box and Muller's transform (Ann. Math. Stat. 29, 1958).
+    """Standard normal numbers by Box and Muller's transform (Ann. Math. Stat. 29, 1958): float32 on the CPU.
 
     Computed in float64 and rounded once, so machines whose ``log`` or ``cos`` differ in the last bit
     agree in float32 but for roundings at a tie.
-
-    Returns:
-        float32 tensor on the CPU, of the given shape.
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2

@@ -3,8 +3,6 @@
 Shapes: n images, h × w pixels.
 """
 
-from __future__ import annotations
-
 import math
 import secrets
 from collections.abc import Callable, Sequence

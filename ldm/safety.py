@@ -1,7 +1,5 @@
 """Safety checkers: off unless asked for. A checker is any callable from images to flags."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

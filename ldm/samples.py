@@ -1,7 +1,5 @@
 """What sampling returns: pictures, and all that made them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

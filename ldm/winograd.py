@@ -8,8 +8,6 @@ the transformed weights are 1.8 or 4 times the size of the weights, which stay b
 Shapes: n images, c and o channels, h × w places, k = m + 2, p tiles.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import TypeVar
 

@@ -3,10 +3,8 @@
 Shapes: n images, c channels, h × w pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -141,11 +139,9 @@ class Autoencoder(nn.Module):
         stem: int = 1,  # 2, 4: leave full resolution at once, by folding stem × stem pixels into channels
     ) -> None:
         super().__init__()
-        if stem * 2 ** (len(widths) - 1) != DOWNSAMPLING:
-            raise ValueError(
-                f"stem={stem} with {len(widths)} widths shrinks by {stem * 2 ** (len(widths) - 1)}; "
-                f"the rule is stem · 2^(len(widths) - 1) = {DOWNSAMPLING}"
-            )
+        if (shrinks := stem * 2 ** (len(widths) - 1)) != DOWNSAMPLING:
+            rule = f"the rule is stem · 2^(len(widths) - 1) = {DOWNSAMPLING}"
+            raise ValueError(f"stem={stem} with {len(widths)} widths shrinks by {shrinks}; {rule}")
         if any(width % NUM_GROUPS for width in widths):
             raise ValueError(f"widths={tuple(widths)}: each must be a multiple of {NUM_GROUPS} (group normalisation)")
         depths = {"widths": list(widths), "num_blocks": num_blocks}
@@ -208,7 +204,7 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Autoencoder:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module, but for the latent scale: it stays in float32, exact in every precision."""
         mean, std = self.latent_mean, self.latent_std
         super()._apply(fn, recurse)

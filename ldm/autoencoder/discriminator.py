@@ -1,7 +1,5 @@
 """The adversarial term of stage one: a discriminator of patches, and how much its opinion weighs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -41,26 +39,14 @@ class Adversarial(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        reconstruction: Tensor,
-        nll: Tensor,
-        last: Tensor,
-        step: int,
-        mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+        x: Tensor,  # images in [-1, 1], (n, 3, h, w)
+        reconstruction: Tensor,  # of x, same shape
+        nll: Tensor,  # the likelihood term, a scalar
+        last: Tensor,  # weight of the decoder's last layer
+        step: int,  # of the optimiser
+        mean: Callable[[Tensor], Tensor] = lambda gradient: gradient,  # over the ranks: λ is that of the whole batch
     ) -> dict[str, Tensor]:
-        """Both terms.
-
-        Args:
-            x: images in [-1, 1], shape (n, 3, h, w).
-            reconstruction: of x, same shape.
-            nll: the likelihood term, a scalar.
-            last: weight of the decoder's last layer.
-            step: of the optimiser.
-            mean: the mean of a gradient over the ranks, so that λ is that of the whole batch.
-
-        Returns:
-            ``discriminator`` and ``generator`` (0 before ``start``), to be added to the loss; ``lambda``; all scalars.
-        """
+        """``discriminator`` and ``generator`` (0 before ``start``), for the loss; ``lambda``; all scalars."""
         real, fake = self.network(torch.cat([x, reconstruction.detach()])).chunk(2)
         discriminator = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
         if step < self.start:

@@ -1,7 +1,5 @@
 """The autoencoder's loss: a calibrated likelihood and a weighted KL divergence."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -32,17 +30,13 @@ class CalibratedLoss(nn.Module):
         self.beta, self.likelihood = beta, likelihood
         self.log_scale = nn.Parameter(torch.tensor(-1.0))  # log σ or log b, in units of pixels in [-1, 1]
 
-    def forward(self, x: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
-        """Loss and its parts.
-
-        Args:
-            x: images in [-1, 1], shape (n, 3, h, w).
-            reconstruction: of x from a posterior sample, same shape.
-            posterior: of x.
-
-        Returns:
-            ``loss``, ``nll`` and ``kl`` in nats a pixel value, ``scale`` (σ or b); all scalars.
-        """
+    def forward(
+        self,
+        x: Tensor,  # images in [-1, 1], (n, 3, h, w)
+        reconstruction: Tensor,  # of x from a posterior sample, same shape
+        posterior: Posterior,  # of x
+    ) -> dict[str, Tensor]:
+        """``loss``, ``nll`` and ``kl`` in nats a pixel value, ``scale`` (σ or b); all scalars."""
         error = (x - reconstruction).float()
         if self.likelihood == "gaussian":
             nll = 0.5 * (error * torch.exp(-self.log_scale)).square() + self.log_scale + 0.5 * math.log(2 * math.pi)

@@ -1,7 +1,5 @@
 """The posterior q(m | x) of the autoencoder: a diagonal normal distribution over raw latents m."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Posterior:
-    """N(mean, exp(logvar)) over raw latents, before they are shifted and scaled to unit variance.
+    """N(mean, exp(logvar)) over raw latents, before they are shifted and scaled to unit variance."""
 
-    Attributes:
-        mean: shape (n, 4, h/8, w/8).
-        logvar: logarithm of the variance, clamped to [-30, 20], same shape.
-    """
-
-    mean: Tensor
-    logvar: Tensor
+    mean: Tensor  # (n, 4, h/8, w/8)
+    logvar: Tensor  # logarithm of the variance, clamped to [-30, 20], same shape
 
     @property
     def std(self) -> Tensor:

@@ -8,8 +8,6 @@ difference to decoding in one piece are those statistics: they are pooled from t
 Shapes: n images, c channels, h × w latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,20 +43,16 @@ def decode_tiled(
     sums: dict[nn.Module, _Sums] = {}
     with _hooks(grow, lambda norm, x: _gather(sums, norm, x)):
         for rows, columns in tiles:  # without margins: every pixel counts once
-            grow(h[..., rows, columns])
-    image: Tensor | None = None
+            part = grow(h[..., rows, columns])
+    factor = part.shape[2] // (rows.stop - rows.start)
+    image = part.new_empty(len(h), part.shape[1], height * factor, width * factor)
     with _hooks(grow, lambda norm, x: _normalise(norm, x, sums[norm])):
         for rows, columns in tiles:
             # A slice stops at the border by itself, but a start below 0 would count from the end.
             top, left = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)
-            seen = h[..., top : rows.stop + MARGIN, left : columns.stop + MARGIN]
-            part = grow(seen)
-            factor = part.shape[2] // seen.shape[2]
-            if image is None:
-                image = part.new_empty(len(h), part.shape[1], height * factor, width * factor)
+            part = grow(h[..., top : rows.stop + MARGIN, left : columns.stop + MARGIN])
             own = part[..., _scaled(rows, factor, top), _scaled(columns, factor, left)]
             image[..., _scaled(rows, factor), _scaled(columns, factor)] = own
-    assert image is not None
     return image
 
 

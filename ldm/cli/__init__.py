@@ -1,7 +1,5 @@
 """The doors: ``ldm``, ``train.py`` and ``sample.py``. Hydra and OmegaConf stop here; what lies behind gets objects."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -11,8 +9,8 @@ from typing import Any
 
 from ldm.cli.ablation import ablate
 from ldm.cli.commands import convert, index, pack, sample
-from ldm.cli.help import help_of
 from ldm.cli.research import evaluate, reproduce
+from ldm.cli.settings import configs
 from ldm.cli.training import doctor, plan, precompute, train
 
 Command = Callable[[list[str]], int | None]  # returns the exit code; None is 0
@@ -57,6 +55,23 @@ def door(command: Command, arguments: list[str]) -> int:
     except KeyboardInterrupt as error:
         sys.stderr.write(f"{error or 'stopped'}\n")
         return 130
+
+
+def help_of(command: str) -> str:
+    """What ``--help`` says of a command, or of ``ldm`` itself: a text of ``configs/help``, and the names there are."""
+    text = (configs() / "help" / f"{command}.txt").read_text(encoding="utf-8")
+    if command == "train":
+        root = configs() / "experiment"
+        names = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+        return text.format(experiments=" ".join(names))
+    if command == "sample":
+        from ldm.diffusion import GRIDS, SAMPLERS
+        from ldm.loading import BUNDLED
+
+        names = [*SAMPLERS, "auto"]
+        lines = {"samplers_1": " ".join(names[:9]), "samplers_2": " ".join(names[9:])}
+        return text.format(models=" ".join(BUNDLED), grids=" ".join(GRIDS), **lines)
+    return text
 
 
 _SHOW = warnings.showwarning

@@ -1,7 +1,5 @@
 """``ldm ablate``: from a line, or a file of ten, to a grid of trainings and its report."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

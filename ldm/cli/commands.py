@@ -1,7 +1,5 @@
 """The commands that need no training: sample, convert, pack, index."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import subprocess

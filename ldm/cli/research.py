@@ -1,7 +1,5 @@
 """``ldm evaluate`` and ``ldm reproduce``: from settings to a report, and from a picture to itself."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Settings from a command line: ``key=value``, and bare arguments to the letter."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a config may name: a closed list of classes, and those that this machine's user allows."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``ldm train``: from a config to objects, and the only place where Hydra and OmegaConf work."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -264,9 +262,8 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     from ldm.training.autoencoder import AutoencoderTraining
     from ldm.training.diffusion import DiffusionTraining
     from ldm.training.guard import Limits
-    from ldm.training.loggers import check_wandb
     from ldm.training.lora import adapt
-    from ldm.training.run import Intervals
+    from ldm.training.run import Intervals, check_wandb
 
     check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
     if cfg.stage not in ("autoencoder", "diffusion"):
@@ -283,16 +280,23 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
         rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
         raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
+    stage_one = ("adversarial", "perceptual", "decoder_only")
+    for key in ("lora.rank", "ema.power", "repa") if cfg.stage == "autoencoder" else stage_one:
+        if OmegaConf.select(cfg, key):
+            raise ValueError(f"{key} is not for stage={cfg.stage}; leave it out, or choose an experiment of the other")
     module: AutoencoderTraining | DiffusionTraining
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
         if cfg.stage == "autoencoder":
             autoencoder = instantiate(cfg.autoencoder, _convert_="all")
+            decoder_only = cfg.get("decoder_only", False)
+            if decoder_only and cfg.init is None:
+                raise ValueError("decoder_only=true keeps the encoder of init=MODEL: give one")
             if cfg.init is not None:
                 autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
             perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
-            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual)
+            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual, decoder_only)
             module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, *terms)
             encoders = None
         else:

@@ -1,7 +1,5 @@
 """Weights of others ↔ ours: diffusers folders, CompVis single files, the hub; and back to a diffusers folder."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

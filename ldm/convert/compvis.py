@@ -5,8 +5,6 @@ has 1×1 convolutions around its attention and 8 heads, SD 2.x linear maps and h
 beside the file overrides what it says.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace

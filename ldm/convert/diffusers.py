@@ -4,8 +4,6 @@ Sizes and settings come from its ``config.json`` files. A setting that this code
 value, is refused: what it would change is unknown.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

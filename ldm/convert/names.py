@@ -4,8 +4,6 @@ A row is (ours, CompVis, diffusers). Parameters keep their last word, ``weight``
 of transformers; OpenCLIP's are brought to these where they are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any

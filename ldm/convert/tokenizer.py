@@ -1,7 +1,5 @@
 """The tokenizer folder of a checkpoint ↔ our tokenizers' JSON."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

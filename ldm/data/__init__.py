@@ -1,5 +1,6 @@
-"""Data: shards, their index, the global order, transforms, the emoji set. Captions stay text, images stay tensors."""
+"""Data: shards, their index, the global order, buckets, transforms, emoji. Captions stay text, images stay tensors."""
 
+from ldm.data.buckets import Buckets
 from ldm.data.dataset import Sample, ShardDataset, find_tars, write_catalogue
 from ldm.data.emoji import HANDS, STYLES, emoji_dataset
 from ldm.data.order import Order, WindowedOrder
@@ -11,6 +12,7 @@ __all__ = [
     "HANDS",
     "STYLES",
     "BadSample",
+    "Buckets",
     "FixedSet",
     "Order",
     "PositionSampler",

@@ -36,7 +36,7 @@ class Sample:
 
 
 class Index:
-    """The index of a shard, checked, in 44 bytes a member."""
+    """The index of a shard, checked, in 44 bytes a member and 8 a sample."""
 
     def __init__(self, content: bytes, name: str) -> None:
         try:
@@ -45,6 +45,8 @@ class Index:
                 raise ValueError(f"its format is {read['format']}, this code reads {tars.FORMAT}")
             self.size = int(read["size"])
             self.keys: list[str] = [str(sample["key"]) for sample in read["samples"]]
+            sizes = [(sample.get("height", -1), sample.get("width", -1)) for sample in read["samples"]]
+            self.sizes = np.array(sizes, "i4").reshape(-1, 2)  # of the images; -1 where an early version wrote it
             self._places: dict[str, np.ndarray] = {}
             for row, sample in enumerate(read["samples"]):
                 if len({*tars.IMAGES} & {*sample["members"]}) != 1 or "txt" not in sample["members"]:
@@ -56,7 +58,7 @@ class Index:
                     if extension not in self._places:
                         self._places[extension] = np.zeros(len(self.keys), _PLACE)
                     self._places[extension][row] = (offset, size, bytes.fromhex(digest))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{name}: not an index ({error}); make it anew with: ldm index") from error
 
     def places(self, row: int) -> list[tuple[str, int, int, bytes]]:
@@ -129,6 +131,18 @@ class ShardDataset:
         """The sha256 of an image's file, as its index has it."""
         index, row, _ = self._find(number)
         return next(digest for extension, *_, digest in index.places(row) if extension in tars.IMAGES)
+
+    def image_sizes(self) -> np.ndarray:
+        """Height and width of every image, shape (n, 2), 0 where its header cannot be read; this reads every index.
+
+        Raises:
+            ValueError: if an index is of an early version, which did not keep them.
+        """
+        sizes = [self._index(shard).sizes for shard in range(len(self.shards))]
+        for shard, some in zip(self.shards, sizes, strict=True):
+            if (some < 0).any():
+                raise ValueError(f"{shown(shard)}: its index lacks the sizes of images; make it anew with: ldm index")
+        return np.concatenate(sizes)[slice(None) if self._chosen is None else self._chosen]
 
     @property
     def counts(self) -> list[int] | None:

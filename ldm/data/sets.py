@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from ldm import randomness
+from ldm.data.buckets import Buckets
 from ldm.data.dataset import Sample, ShardDataset
 from ldm.data.order import Order, WindowedOrder
 from ldm.data.transforms import BadSample, decode_image, fit, to_tensor
@@ -77,11 +78,17 @@ class TrainingSet(Dataset[dict[str, Any]]):
         random_crop: bool = False,  # else the centre
         on_bad: str = "error",  # a sample that cannot be read ends the training; "skip": another stands in for it
         window: int | None = None,  # shards whose samples stand together; None mixes all
+        buckets: Sequence[Sequence[int]] | None = None,  # sizes, a step's batch of one; None: all of height × width
+        batch_size: int = 0,  # per optimiser step; buckets need it
     ) -> None:
         self.samples, self.seed, self.height, self.width = samples, seed, height, width
         self.flip, self.random_crop, self.on_bad = flip, random_crop, on_bad
-        self.order: Order | WindowedOrder = Order(len(samples), seed)
-        if window is not None:
+        self.order: Order | WindowedOrder | Buckets = Order(len(samples), seed)
+        if buckets is not None:
+            if window is not None:
+                raise ValueError(f"data.window={window} with data.buckets: two orders; set one of them to null")
+            self.order = Buckets(buckets, samples, batch_size, seed)
+        elif window is not None:
             if samples.counts is None:
                 raise ValueError(f"data.window={window} needs a folder with a catalogue; run: ldm index FOLDER")
             self.order = WindowedOrder(samples.counts, window, seed)
@@ -89,6 +96,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     def candidates(self, position: int) -> list[int]:
         """The samples that may stand at a position; see :func:`candidates`."""
+        if isinstance(self.order, Buckets):
+            _, members, place = self.order.at(position)
+            return [int(members[i]) for i in candidates(place, self.seed, position, len(members), self.on_bad)]
         return candidates(self.order[position], self.seed, position, self.order.n, self.on_bad)
 
     def choose(self, position: int, num_variants: int) -> Choice:
@@ -99,7 +109,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``, ``substituted``."""
-        return _item(self, position)
+        height, width = self.order.at(position)[0] if isinstance(self.order, Buckets) else (self.height, self.width)
+        return _item(self, position, height, width)
 
 
 class FixedSet(Dataset[dict[str, Any]]):
@@ -121,15 +132,15 @@ class FixedSet(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``, ``substituted``."""
-        return _item(self, number)
+        return _item(self, number, self.height, self.width)
 
 
-def _item(items: TrainingSet | FixedSet, position: int) -> dict[str, Any]:
+def _item(items: TrainingSet | FixedSet, position: int, height: int, width: int) -> dict[str, Any]:
     def read(number: int) -> dict[str, Any]:
         sample = items.samples[number]
         variants = captions(sample)
         choice = items.choose(position, len(variants))
-        image = to_tensor(fit(decode_image(sample.image, sample.key), items.height, items.width, *choice.crop))
+        image = to_tensor(fit(decode_image(sample.image, sample.key), height, width, *choice.crop))
         image = image.flip(-1) if choice.flip else image
         return {"image": image, "caption": variants[choice.variant], "key": sample.key, "position": position}
 

@@ -2,7 +2,7 @@
 
 A shard holds, sample after sample, ``key.webp|png|jpg|jpeg``, ``key.txt`` and optionally ``key.json``. Its index,
 ``NAME.tar.index.json``, gives each member's offset, size and sha256, so that any sample can be read at once and
-damage is seen when it is read: ``ldm/data/dataset.py``.
+damage is seen when it is read (``ldm/data/dataset.py``), and each image's height and width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ldm.data.transforms import MAX_PIXELS, promised_pixels
+from ldm.data.transforms import MAX_PIXELS, promised_size
 
 FORMAT = 1
 IMAGES = ("webp", "png", "jpg", "jpeg")
@@ -96,7 +97,8 @@ def scan(shard: Path, skip: bool = False) -> dict[str, Any]:
         file.seek(0)
         for key, members in read_samples(file, str(shard), skipped):
             places = {e: [at, len(data), hashlib.sha256(data).hexdigest()] for e, (at, data) in members.items()}
-            samples.append({"key": key, "members": places})
+            height, width = next(promised_size(data) for e, (_, data) in members.items() if e in IMAGES)
+            samples.append({"key": key, "height": height, "width": width, "members": places})
         size = file.tell()
     if not samples:
         raise ValueError(f"{shard}: holds no sample; each is KEY.webp|png|jpg and KEY.txt")
@@ -187,7 +189,7 @@ def _check_member(name: str, info: tarfile.TarInfo, last: str, members: Members)
 def _check_content(name: str, member: str, extension: str, data: bytes) -> None:
     """Refuse what is visibly zeroed, of another kind or too large; pixels are not decoded: data.on_bad is for those."""
     if extension in IMAGES:
-        if promised_pixels(data) > MAX_PIXELS:
+        if math.prod(promised_size(data)) > MAX_PIXELS:
             raise ValueError(f"{name}: {member} has more than {MAX_PIXELS} pixels by its header; make it smaller")
         good = bool(re.match(_MAGIC[extension], data, re.DOTALL)) and _HOLE not in data
     else:

@@ -19,15 +19,15 @@ class BadSample(ValueError):
 _UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
 
 
-def promised_pixels(data: bytes) -> int:
-    """Pixels of an image by its header; 0 where none can be read."""
+def promised_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an image by its header; 0, 0 where none can be read."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.width * image.height
+            return image.height, image.width
     except Image.DecompressionBombError:
-        return MAX_PIXELS + 1
+        return MAX_PIXELS + 1, 1
     except _UNREADABLE:
-        return 0
+        return 0, 0
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:

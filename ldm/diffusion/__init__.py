@@ -9,25 +9,7 @@ from ldm.diffusion.samplers import SAMPLERS, Sampler, choose, evaluations
 from ldm.diffusion.schedule import Flow, NoisePath, Schedule, make_path
 
 __all__ = [
-    "GRIDS",
-    "PREDICTIONS",
-    "SAMPLERS",
-    "Draw",
-    "Flow",
-    "Grid",
-    "NoisePath",
-    "Objective",
-    "Prediction",
-    "Sampler",
-    "Schedule",
-    "choose",
-    "evaluations",
-    "guided",
-    "make_grid",
-    "make_path",
-    "min_snr_weight",
-    "per_sample_error",
-    "target",
-    "to_eps",
-    "to_x0",
-]
+    "GRIDS", "PREDICTIONS", "SAMPLERS", "Draw", "Flow", "Grid", "NoisePath", "Objective", "Prediction", "Sampler",
+    "Schedule", "choose", "evaluations", "guided", "make_grid", "make_path", "min_snr_weight", "per_sample_error",
+    "target", "to_eps", "to_x0",
+]  # fmt: skip

@@ -5,8 +5,6 @@ that have it. All but leading begin at the noisiest time, where z is taken to be
 here a trace of the image is left (α = 0.006 at the last step of ``linear``), unless they are rescaled to none.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,24 +18,18 @@ from ldm.diffusion.schedule import NoisePath
 
 @dataclass(frozen=True)
 class Grid:
-    """Times from noise to image, with the signal and the noise at each.
+    """Times from noise to image, with the signal and the noise at each."""
 
-    Attributes:
-        times: falling, steps + 1 of them; the last is where the sampler ends, -1 for a clean image.
-        alpha: the signal at each time.
-        sigma: the noise at each time.
-    """
-
-    times: tuple[float, ...]
-    alpha: tuple[float, ...]
-    sigma: tuple[float, ...]
+    times: tuple[float, ...]  # falling, steps + 1 of them; the last is where the sampler ends, -1 for a clean image
+    alpha: tuple[float, ...]  # the signal at each time
+    sigma: tuple[float, ...]  # the noise at each time
 
     @property
     def steps(self) -> int:
         """Number of steps."""
         return len(self.times) - 1
 
-    def tail(self, first: int) -> Grid:
+    def tail(self, first: int) -> "Grid":
         """The grid from its time ``first`` on, where image-to-image begins; at least one step is left.
 
         Raises:

@@ -1,7 +1,5 @@
 """Classifier-free guidance (Ho & Salimans, 2207.12598), over a network as a plain callable."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -11,22 +9,16 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def guided(
-    unet: Network, positive: Tensor, negative: Tensor | None, scale: float, rescale: float = 0.0
-) -> Callable[[Tensor, Tensor], Tensor]:
+    unet: Network,  # (z, t, context) → prediction
+    positive: Tensor,  # context of the prompts, (n, m, d)
+    negative: Tensor | None,  # context of the negative prompts, same shape; None where s = 1
+    scale: float,  # s >= 0; at s = 1 the negative prompt has no effect, and one pass is made
+    rescale: float = 0.0,  # φ in [0, 1], see below
+) -> Callable[[Tensor, Tensor], Tensor]:  # (z (n, ...), t (n,)) → prediction (n, ...)
     """Prediction for the prompt, pushed away from the negative prompt: ε_neg + s (ε_pos - ε_neg) (eq. 6, s = 1 + w).
 
-    It holds for ε, v and x0 alike, since each is affine in the others at fixed z and t.
-
-    Args:
-        unet: (z, t, context) → prediction.
-        positive: context of the prompts, shape (n, m, d).
-        negative: context of the negative prompts, same shape; None where s = 1.
-        scale: s >= 0. At s = 1 the negative prompt has no effect, and one pass is made.
-        rescale: φ in [0, 1]: how far the guided prediction takes the standard deviation of the one for the prompt,
-            which guidance had raised (Lin et al., 2305.08891, §3.4).
-
-    Returns:
-        (z (n, ...), t (n,)) → prediction (n, ...).
+    It holds for ε, v and x0 alike, since each is affine in the others at fixed z and t. φ says how far the guided
+    prediction takes the standard deviation of the one for the prompt, which guidance had raised (2305.08891, §3.4).
     """
     if scale == 1.0 or negative is None:
         return lambda z, t: unet(z, t, positive)

@@ -1,7 +1,5 @@
 """The loss of stage two: squared error an image, with a weight that may hang on the signal-to-noise ratio."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -13,18 +11,14 @@ def per_sample_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def min_snr_weight(log_snr: Tensor, kind: Prediction, gamma: float | None) -> Tensor:
+def min_snr_weight(
+    log_snr: Tensor,  # log SNR of each image, (n,)
+    kind: Prediction,  # what the network predicts
+    gamma: float | None,  # the cap, > 0; None weighs all alike
+) -> Tensor:  # (n,), in the type of log_snr
     """Weight of an image: min(SNR, γ) on the error of x0 (Hang et al., 2303.09556, eq. 8), as seen by the prediction.
 
     The error of x0 is that of ε divided by SNR, that of v divided by SNR + 1, and that of the flow by (√SNR + 1)².
-
-    Args:
-        log_snr: log SNR of each image, shape (n,).
-        kind: what the network predicts.
-        gamma: the cap, > 0; None weighs all alike.
-
-    Returns:
-        Shape (n,), in the type of log_snr.
     """
     check_prediction(kind)
     if gamma is None:

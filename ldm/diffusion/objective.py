@@ -4,8 +4,6 @@ Each recipe is one field, off by itself. Every draw is a pure function of (seed,
 the sample's own latents: none hangs on the rest of the batch, so ranks and micro-batches change nothing.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -27,25 +25,15 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of stage two, as a recipe.
+    """The loss of stage two, as a recipe."""
 
-    Attributes:
-        min_snr: γ of min-SNR weighting (2303.09556); null weighs all timesteps alike.
-        timesteps: ``uniform``, or ``logit_normal``: the logit of t / num_steps is normal (2403.03206, §3.1).
-        logit_mean: of logit_normal; above 0 trains more on noisy times.
-        logit_std: of logit_normal, above 0.
-        offset_noise: s: ε gets s·N(0, 1) more, one number a channel, so that the mean is learnt (Guttenberg, 2023).
-        input_perturbation: γ: z_t has ε + γ ξ, the target keeps ε (2301.11706, algorithm 1).
-        immiscible: k: ε is the nearest to z of k draws (2505.18521, for the assignment of 2406.12303); null draws one.
-    """
-
-    min_snr: float | None = None
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    offset_noise: float = 0.0
-    input_perturbation: float = 0.0
-    immiscible: int | None = None
+    min_snr: float | None = None  # γ of min-SNR weighting (2303.09556); null weighs all timesteps alike
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"  # or a normal logit of t / num_steps (2403.03206, §3.1)
+    logit_mean: float = 0.0  # of logit_normal; above 0 trains more on noisy times
+    logit_std: float = 1.0  # of logit_normal, above 0
+    offset_noise: float = 0.0  # s: ε gets s·N(0, 1) more, one number a channel: the mean is learnt (Guttenberg, 2023)
+    input_perturbation: float = 0.0  # γ: z_t has ε + γ ξ, the target keeps ε (2301.11706, algorithm 1)
+    immiscible: int | None = None  # k: ε is the nearest to z of k draws (2505.18521, after 2406.12303); null draws one
 
     def __post_init__(self) -> None:
         min_snr_weight(torch.zeros(0), "v", self.min_snr)  # which says what γ may be

@@ -1,7 +1,5 @@
 """What a network may predict, and how each follows from the others: ε, v, x0 and the flow of z = α x0 + σ ε."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 from torch import Tensor

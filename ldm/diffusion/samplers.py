@@ -13,8 +13,6 @@ in which only x̂0 is unknown along the way. What a sampler assumes of it is the
 y = z/α the same ODE is dy/dσ̃ = (y - x̂0)/σ̃ = ε̂, the form of Karras et al. (2206.00364, eq. 1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 Two paths with one interface: :class:`Schedule`, with α² = ᾱ and σ² = 1 - ᾱ, and :class:`Flow`, with α + σ = 1.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 
@@ -98,16 +96,7 @@ class Schedule:
         return np.interp(log_snr, self._log_snr[::-1], np.arange(self.num_steps, dtype=np.float64)[::-1])
 
     def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """z_t = √ᾱ_t z_0 + √(1 - ᾱ_t) ε (DDPM, eq. 4).
-
-        Args:
-            z: clean latents, shape (n, ...).
-            eps: standard normal noise, same shape.
-            t: times, shape (n,).
-
-        Returns:
-            Noisy latents, in the type of z.
-        """
+        """z_t = √ᾱ_t z_0 + √(1 - ᾱ_t) ε (DDPM, eq. 4): z and ε (n, ...), t (n,) → (n, ...), in the type of z."""
         return per_image(self.alpha(t.cpu()), z) * z + per_image(self.sigma(t.cpu()), z) * eps
 
 

@@ -4,8 +4,6 @@ A linear map from image features to the bundled text tower's embedding, fitted o
 CLIP's; its figures are therefore not called CLIPScore. Shapes: n images, m candidates, d widths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Stands behind the picture: it looks at images, real or generated, and knows noth
 Distances over these features are not FID, whose features are Inception's, and are never called so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +28,7 @@ class Features(NamedTuple):
     # (Huang & Belongie, 1703.06868, §3), (n, 1120).
     texture: Tensor
 
-    def of(self, rows: Any) -> Features:
+    def of(self, rows: Any) -> "Features":
         """Those of some images."""
         return Features(self.pooled[rows], self.texture[rows])
 

@@ -1,7 +1,5 @@
 """A figure with its interval and its fingerprint, and whether two figures differ at this number of images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Stands at ``loss(prediction, target)`` of the picture, without the training: no 
 posterior, and t and ε hang on the image's key alone, so that two models see the same.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import defaultdict
@@ -62,7 +60,7 @@ class Losses(NamedTuple):
         return [(self.samples[i].key, captions(self.samples[i])[0], float(of_image[i]))
                 for i in np.argsort(-of_image)[:count]]  # fmt: skip
 
-    def less(self, other: Losses) -> list[Figure]:
+    def less(self, other: "Losses") -> list[Figure]:
         """This loss less another on the same (x, t, ε): over all timesteps, and in each range of them."""
         columns = zip(self.times, self.error.T, other.error.T, strict=True)
         whole = paired("all", self.error.mean(1), other.error.mean(1), self.groups)

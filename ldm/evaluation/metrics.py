@@ -8,8 +8,6 @@ Features are any callable from images to (n, d). Figures over EfficientNet-Lite0
 features are Inception's. Shapes: N real and n generated images, d features, B resamplings.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -149,19 +147,15 @@ def set_distances(rows: Tensor, groups: np.ndarray, suffix: str = "EffNet", boot
     return [*found, recall._replace(n=n)]
 
 
-def frechet_distance(real: Tensor, generated: Tensor, weights: Tensor) -> Tensor:
+def frechet_distance(
+    real: Tensor,  # float64 (N, d)
+    generated: Tensor,  # float64 (n, d)
+    weights: Tensor,  # rows of how often each generated image counts, float64 (B, n)
+) -> Tensor:  # (B,)
     """|μ - μ'|² + tr(Σ + Σ' - 2 (Σ Σ')^½) of two Gaussians (Dowson & Landau, 1982; Heusel et al., 1706.08500, eq. 6).
 
     With Σ = LᵀL and Σ' = YᵀY the last trace is the sum of the singular values of Y Lᵀ: exact where images are fewer
     than features, and without a matrix root.
-
-    Args:
-        real: float64 (N, d).
-        generated: float64 (n, d).
-        weights: rows of how often each generated image counts, float64 (B, n).
-
-    Returns:
-        (B,).
     """
     centre, centred = real.mean(0), (real - real.mean(0)) / (len(real) - 1) ** 0.5
     root = centred if len(real) <= real.shape[1] else torch.linalg.qr(centred, mode="r").R  # L, (min(N, d), d)

@@ -1,7 +1,5 @@
 """Score what a model draws of the pairs of a data set, from their captions (DESIGN §7, the score)."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,17 +132,11 @@ def evaluate_pairs(
     starts, rank, world = range(0, len(drawn), drawing.batch_size), 0, 1
     if dist.is_initialized():  # every world-th batch is this process's, whose pictures do not hang on it
         rank, world = dist.get_rank(), dist.get_world_size()
+    how = {key: value for key, value in vars(drawing).items() if key != "seeds"}
     own: dict[int, Any] = {}
     for first in tqdm(starts[rank::world], f"{name}, {split}", disable=True if rank else None):  # on a terminal
         batch = slice(first, first + drawing.batch_size)
-        out = model.sample(
-            prompts[batch],
-            steps=drawing.steps,
-            guidance_scale=drawing.guidance_scale,
-            sampler=drawing.sampler,
-            seed=[seed for _, seed in drawn[batch]],
-            batch_size=drawing.batch_size,
-        )
+        out = model.sample(prompts[batch], seed=[seed for _, seed in drawn[batch]], **how)
         own[first] = (scorer.network(out.images), out.pil(), out.settings)
     shares = [own]
     if world > 1:

@@ -11,8 +11,6 @@ is by cosine over pooled features, centred at the mean of the real images. The c
 199 others in the order of a hash, and itself; of those that only one hand drew, none can be asked for.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Stands at ``image ─ autoencoder.encode ─► z ─ autoencoder.decode ─► image``, beside the training of stage one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Results as pages for people, ``report.html`` and ``report.md``, and as ``result.json`` for programs."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

@@ -1,7 +1,5 @@
 """Pair scores of pictures: their means with intervals, and what to hold them against. No image comes here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What ``ldm evaluate`` does, a report each: score a model, compare the losses of two, sweep guidance or steps."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -116,11 +114,12 @@ def sweep(
         raise ValueError(f"sweep={axis} is unknown; choose {', '.join(USUAL)}")
     drawing = drawing or Drawing()
     samples = pairs_of(data, split, limit)  # refuses what there is none of, before anything is computed
-    model, loss = loading.load(source), "loss"
+    values, loss, cost, length = USUAL[axis] if values is None else values, "loss", "UNet passes", "σ_rel"
+    model = loading.load(source, weights=f"ema:{values[0]}" if axis == "ema" else "ema")
     judge = Judge(data) if judge is None else judge
-    lines: dict[str, list[tuple[float, float, Scored]]] = {sampler: [] for sampler in samplers}
-    for sampler, points in lines.items():
-        for value in USUAL[axis] if values is None else values:
+    found: list[tuple[str, float, float, Scored]] = []
+    for sampler in dict.fromkeys(samplers):
+        for value in values:
             changed: dict[str, Any] = {"sampler": sampler}
             if axis == "ema":
                 model = loading.load(source, weights=f"ema:{value}")
@@ -131,8 +130,7 @@ def sweep(
                 losses = measure(model, samples)
                 scored.figures[loss] = mean(loss, losses.error.mean(1), losses.groups)
             passes = scored.settings["evaluations"] * (1 if scored.settings["guidance_scale"] == 1.0 else 2)
-            points.append((value, passes, scored))
-    found = [(sampler, *point) for sampler, points in lines.items() for point in points]
+            found.append((sampler, value, passes, scored))
     names = list(found[0][3].figures)
     if QUALITY not in names:
         raise ValueError(f"{found[0][3].figures[ADHERENCE].n} pictures a setting are too few for a curve; raise limit=")
@@ -141,23 +139,15 @@ def sweep(
     rows = [[sampler, value, passes, "yes" if best else "", *scored.figures.values()]
             for (sampler, value, passes, scored), best in zip(found, front, strict=True)]  # fmt: skip
     note = f"Pareto: no other setting is better both in {QUALITY} and in {ADHERENCE}, which the intervals qualify."
-    cost, curves = "UNet passes", []
-    shown = {
-        "guidance": [(ADHERENCE, QUALITY)],
-        "steps": [(cost, QUALITY), (cost, ADHERENCE)],
-        "ema": [("σ_rel", loss), ("σ_rel", QUALITY)],
-    }
+    shown = {"guidance": [(ADHERENCE, QUALITY)], "steps": [(cost, QUALITY), (cost, ADHERENCE)],
+             "ema": [(length, loss), (length, QUALITY)]}  # fmt: skip
+    curves = []
     for x, y in shown[axis]:
-        curve = {
-            sampler: [
-                (s.figures[x], s.figures[y], f"{value:g}")
-                if x == ADHERENCE
-                else (passes if x == cost else value, s.figures[y], "")
-                for value, passes, s in points
-            ]
-            for sampler, points in lines.items()
-        }
-        curves.append(Curve(f"{y} against {x}", x, y, curve))
+        lines: dict[str, list[tuple[float | Figure, Figure, str]]] = {sampler: [] for sampler in samplers}
+        for sampler, value, passes, scored in found:
+            places: dict[str, float | Figure] = {cost: passes, length: value, **scored.figures}
+            lines[sampler].append((places[x], scored.figures[y], f"{value:g}" if x == ADHERENCE else ""))
+        curves.append(Curve(f"{y} against {x}", x, y, lines))
     table = Table(f"{data}, {split}", ["sampler", axis, cost, "Pareto", *names], rows, note)
     pictures = [_pictures(f"{sampler}, {axis} {value:g}", scored) for sampler, value, _, scored in found]
     result = [{"passes": passes, **scored.settings, "figures": scored.figures} for *_, passes, scored in found]

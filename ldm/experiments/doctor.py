@@ -1,11 +1,8 @@
 """``ldm doctor``: names what will go wrong in a training before its first step. ``train.py`` runs the quick part."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,49 +43,37 @@ def quick(
     ``trainer`` holds arguments of Lightning's Trainer, ``output`` is the run folder.
     """
     devices, accumulation = num_devices(trainer), trainer.get("accumulate_grad_batches", 1)
-    if data.batch_size % (devices * accumulation):
-        yield Finding(
-            "error",
-            f"data.batch_size={data.batch_size} is not divided by {devices} devices × {accumulation} accumulation "
-            f"steps; take a multiple of {devices * accumulation}",
-        )
-    if data.batch_size > len(data.train):
-        yield Finding(
-            "warning",
-            f"data.batch_size={data.batch_size} is more than the {len(data.train)} samples there are: every batch "
-            "repeats some; lower it",
-        )
-    rate = module.optimizer.learning_rate
-    if rate / data.batch_size**0.5 > 1e-3:  # Adam's rate goes with the root of the batch (Malladi et al., 2205.10287)
-        yield Finding(
-            "warning",
-            f"optimizer.learning_rate={rate:g} is high for a batch of {data.batch_size}, which is the same on any "
-            f"number of devices; {1e-3 * data.batch_size**0.5:.1e} is the most that is usual",
-        )
+    batch, samples, rate = data.batch_size, len(data.train), module.optimizer.learning_rate
+    if batch % (devices * accumulation):
+        rule = f"{devices} devices × {accumulation} accumulation steps; take a multiple of {devices * accumulation}"
+        yield Finding("error", f"data.batch_size={batch} is not divided by {rule}")
+    if batch > samples:
+        why = f"more than the {samples} samples there are: every batch repeats some; lower it"
+        yield Finding("warning", f"data.batch_size={batch} is {why}")
+    usual = 1e-3 * batch**0.5  # Adam's rate goes with the root of the batch (Malladi et al., 2205.10287)
+    if rate > usual:
+        why = f"a batch of {batch}, which is the same on any number of devices; {usual:.1e} is the most that is usual"
+        yield Finding("warning", f"optimizer.learning_rate={rate:g} is high for {why}")
     if isinstance(module, DiffusionTraining):
         yield from _diffusion(module)
     need = checkpoint_bytes(module)
     free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.is_dir())).free
     kept = intervals.keep + 2  # one is written beside the others, and the best may be a third
     if free < kept * need:
-        yield Finding(
-            "warning" if free > 2 * need else "error",
-            f"the disk of {output} has {free / 1e9:.2f} GB left; {kept} checkpoints of {need / 1e9:.2f} GB need "
-            f"{kept * need / 1e9:.2f}; lower checkpoint.keep, or name another output",
-        )
+        left, each, all_of_them = (f"{size / 1e9:.2f}" for size in (free, need, kept * need))
+        why = f"{left} GB left; {kept} checkpoints of {each} GB need {all_of_them}"
+        said = f"the disk of {output} has {why}; lower checkpoint.keep, or name another output"
+        yield Finding("warning" if free > 2 * need else "error", said)
 
 
 def _diffusion(module: DiffusionTraining) -> Iterator[Finding]:
-    model = module.model
     if module.caption_dropout == 0.0:
         yield Finding("warning", "caption_dropout=0: the model never learns the null context, guidance will not work")
-    alpha = float(model.schedule.alpha_bar[-1]) ** 0.5
+    alpha = float(module.model.schedule.alpha_bar[-1]) ** 0.5
     if alpha > TERMINAL:
-        yield Finding(
-            "warning",
-            f"the last timestep keeps {alpha:.3f} of the image (√ᾱ): sampling begins from pure noise, which training "
-            "never shows; use diffusion=linear, or schedule.zero_terminal=true with diffusion.prediction=v",
-        )
+        why = f"keeps {alpha:.3f} of the image (√ᾱ): sampling begins from pure noise, which training never shows"
+        remedy = "use diffusion=linear, or schedule.zero_terminal=true with diffusion.prediction=v"
+        yield Finding("warning", f"the last timestep {why}; {remedy}")
 
 
 def thorough(module: Module, data: DataModule, trainer: dict[str, Any]) -> Iterator[Finding]:
@@ -99,11 +84,9 @@ def thorough(module: Module, data: DataModule, trainer: dict[str, Any]) -> Itera
         null = module.model.text_encoder([""])[0]
         worst = float((module.model.null_context.to(null) - null).abs().max())
         if worst > 1e-3 * float(null.abs().max()):
-            yield Finding(
-                "error",
-                f"the null context of the weights differs from the text tower's by up to {worst:.2g}: guidance would "
-                "push away from something else; train with the text tower that the weights had",
-            )
+            why = f"by up to {worst:.2g}: guidance would push away from something else"
+            remedy = "train with the text tower that the weights had"
+            yield Finding("error", f"the null context of the weights differs from the text tower's {why}; {remedy}")
         yield from _latents(module, data)
 
 
@@ -116,9 +99,7 @@ def _shards(data: DataModule) -> Iterator[Finding]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if json.loads(index_path(shard).read_bytes())["sha256"] != digest:
                 yield Finding("error", f"{shard} is not what its index describes: stale; run: ldm index {shard}")
-    digests = Counter(data.train.image_digest(number) for number in range(len(data.train)))
-    twice = sum(count - 1 for count in digests.values())
-    if twice:
+    if twice := len(data.train) - len({data.train.image_digest(number) for number in range(len(data.train))}):
         yield Finding("warning", f"{twice} of {len(data.train)} training images are there twice under other keys")
 
 
@@ -139,18 +120,14 @@ def _ranks(module: Module, data: DataModule, devices: int) -> Iterator[Finding]:
 @torch.no_grad()
 def _latents(module: DiffusionTraining, data: DataModule) -> Iterator[Finding]:
     """The latents that the UNet will see: of zero mean and unit variance a channel?"""
-    items = FixedSet(data.train, data.height, data.width)
-    every = max(1, len(items) // IMAGES)
-    chosen = range(0, len(items), every)
-    encode = module.model.autoencoder.encode
+    items, encode = FixedSet(data.train, data.height, data.width), module.model.autoencoder.encode
+    chosen = range(0, len(items), max(1, len(items) // IMAGES))
     z = torch.cat([encode(items[i]["image"][None]).transpose(0, 1).flatten(1) for i in chosen], dim=1)
     for channel, (mean, std) in enumerate(zip(z.mean(1).tolist(), z.std(1).tolist(), strict=True)):
         if not 0.7 < std < 1.4 or abs(mean) > 0.5:
-            yield Finding(
-                "error",
-                f"channel {channel} of the latents has mean {mean:.2f} and std {std:.2f} over {len(chosen)} training "
-                "images, not 0 and 1: this autoencoder's scale is not for these data; train one on them",
-            )
+            found = f"mean {mean:.2f} and std {std:.2f} over {len(chosen)} training images, not 0 and 1"
+            why = "this autoencoder's scale is not for these data; train one on them"
+            yield Finding("error", f"channel {channel} of the latents has {found}: {why}")
 
 
 def num_devices(trainer: dict[str, Any]) -> int:

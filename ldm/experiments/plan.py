@@ -1,7 +1,5 @@
 """``ldm plan``: work, memory, time and cost of a training before it is begun (docs/scale.md)."""
 
-from __future__ import annotations
-
 import resource
 import statistics
 import time
@@ -33,9 +31,7 @@ class Device:
     source: str  # of the figures
     rate: float  # FLOP a second
     parameter: float = 0.0  # seconds that the optimiser takes for each parameter
-    kept: float = (
-        0.6  # bytes that activations take for one that autograd saves in float32: half in bfloat16, and scratch
-    )
+    kept: float = 0.6  # bytes of activations for one that autograd saves in float32: half in bfloat16, and scratch
     base: float = 1e9  # bytes of the program itself
 
 

@@ -4,8 +4,6 @@ Text is brought to NFC, its blanks are joined, its letters made small; it falls 
 each is spelt in bytes, and the byte pairs of a list are merged, the earliest of the list first.
 """
 
-from __future__ import annotations
-
 import gzip
 from functools import lru_cache
 from importlib.resources import files

@@ -3,11 +3,9 @@
 Shapes: n prompts, m = 77 tokens, d the tower's width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from tokenizers import Tokenizer
@@ -80,7 +78,7 @@ class TextEncoder(nn.Module):
             self.tower = BertModel(BertConfig(**shape), add_pooling_layer=False)
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> TextEncoder:
+    def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: the tower is frozen, whatever a trainer asks of its parent."""
         return super().train(False)
 

@@ -1,7 +1,5 @@
 """Representation alignment (REPA: Yu et al., 2410.06940, §3): the UNet's middle told what a frozen network sees."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,20 +1,18 @@
 """Stage one: the KL autoencoder (line two of the picture, its first half)."""
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ldm import randomness
 from ldm.autoencoder import Adversarial, Autoencoder, CalibratedLoss
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.data import BadSample, ShardDataset, decode_image, to_tensor
-from ldm.evaluation.reconstruction import ACTIVE
+from ldm.evaluation.reconstruction import ACTIVE, psnr
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
@@ -38,12 +36,17 @@ class AutoencoderTraining(pl.LightningModule):
         seed: int = 0,
         adversarial: Adversarial | None = None,
         perceptual: Perceptual | None = None,
+        decoder_only: bool = False,  # the latents stay what they are, so that a UNet trained on them still fits
     ) -> None:
         super().__init__()
+        self.decoder_only = decoder_only
         self.adversarial = adversarial
         self._perceptual = [perceptual]  # in a list, so that no checkpoint keeps the frozen network
         self._means: list[Tensor] = []  # of the posteriors of a validation
         self.autoencoder, self.loss = autoencoder.train().requires_grad_(True), loss
+        if decoder_only:
+            autoencoder.encoder.requires_grad_(False)
+            autoencoder.to_moments.requires_grad_(False)
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
         self.ema = EMA(autoencoder, ema_decay)
 
@@ -67,27 +70,21 @@ class AutoencoderTraining(pl.LightningModule):
         if self.adversarial is not None:
             last = self.autoencoder.decoder[-1].weight
             assert isinstance(last, Tensor)
-            parts |= self.adversarial(x, reconstruction, error, last, self.global_step, self._mean_over_ranks)
+            over_ranks = partial(self.trainer.strategy.reduce, reduce_op="mean")
+            parts |= self.adversarial(x, reconstruction, error, last, self.global_step, over_ranks)
             loss = loss + parts["generator"] + parts["discriminator"]
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return loss
 
-    def _mean_over_ranks(self, gradient: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(gradient, reduce_op="mean")
-
     def validation_step(self, batch: dict[str, Any]) -> None:
         """PSNR of held-out images from the mode, raw and EMA; KL; what active units are told by."""
         x = batch["image"]
+        log = partial(self.log, on_epoch=True, sync_dist=True, batch_size=len(x))
         for name, model in (("", self.autoencoder), ("_ema", self.ema.average)):
             assert isinstance(model, Autoencoder)
             posterior = model.posterior(x)
-            reconstruction = model.decode_raw(posterior.mode()).clamp(-1.0, 1.0)
-            psnr = peak_signal_noise_ratio(
-                reconstruction, x, data_range=(-1.0, 1.0), reduction="elementwise_mean", dim=(1, 2, 3)
-            )
-            self.log(f"val/psnr{name}", psnr, prog_bar=name == "_ema", on_epoch=True, sync_dist=True, batch_size=len(x))
-            kl = posterior.kl().mean() / posterior.mean[0].numel()
-            self.log(f"val/kl_per_unit{name}", kl, on_epoch=True, sync_dist=True, batch_size=len(x))
+            log(f"val/psnr{name}", psnr(model.decode_raw(posterior.mode()), x).mean(), prog_bar=name == "_ema")
+            log(f"val/kl_per_unit{name}", posterior.kl().mean() / posterior.mean[0].numel())
             if model is self.autoencoder:
                 self._means.append(posterior.mean.float().cpu())
 
@@ -131,5 +128,6 @@ class AutoencoderTraining(pl.LightningModule):
 
     def contents(self) -> Contents:
         """What a checkpoint keeps; the latent scale is measured for it."""
-        self.measure_latent_scale()
+        if not self.decoder_only:
+            self.measure_latent_scale()
         return Contents({"autoencoder": self.ema.average}, raw={"autoencoder": self.autoencoder.state_dict()})

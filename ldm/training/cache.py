@@ -4,8 +4,6 @@ A part holds the samples of a range of numbers. In a folder it is a safetensors 
 holds pages that the system may drop, and the headers of the last few parts, of a cache of any size.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zlib

@@ -1,7 +1,5 @@
 """What watches a training: speed, and pictures as files."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

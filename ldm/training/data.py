@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.autoencoder import Autoencoder
 from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
+from ldm.data.buckets import check_sizes
 from ldm.data.sets import check_policy
 from ldm.text import TextEncoder
 from ldm.training.cache import CachedSet, Encoding
@@ -34,6 +36,7 @@ class DataModule(pl.LightningDataModule):
         random_crop: bool = False,  # else the centre
         on_bad: str = "error",  # a sample that cannot be read ends the training; "skip": another stands in for it
         window: int | None = None,  # shards whose samples stand together, of a set with a catalogue; None mixes all
+        buckets: Sequence[Sequence[int]] | None = None,  # sizes, a step's batch of one; None: all of height × width
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -42,6 +45,7 @@ class DataModule(pl.LightningDataModule):
         self.train, self.validation = train, validation
         self.height, self.width, self.batch_size, self.num_workers = height, width, batch_size, num_workers
         self.flip, self.random_crop, self.on_bad, self.window = flip, random_crop, on_bad, window
+        self.buckets = None if buckets is None else check_sizes(buckets)
         self.seed = 0
         self.train_set: Dataset[dict[str, Any]] | None = None
         self.validation_set: Dataset[dict[str, Any]] | None = None
@@ -56,12 +60,13 @@ class DataModule(pl.LightningDataModule):
         """Fix the seed, and with ``encoders`` take the place of images and captions by the cache.
 
         Raises:
-            ValueError: if a cache is asked for with random crops, or is stale.
+            ValueError: if a cache is asked for with random crops or buckets, or is stale; for buckets with a window.
             OSError: if it is not complete, or damaged.
         """
         self.seed = seed
         size = (self.height, self.width)
-        train = TrainingSet(self.train, seed, *size, self.flip, self.random_crop, self.on_bad, self.window)
+        order = (self.window, self.buckets, self.batch_size)
+        train = TrainingSet(self.train, seed, *size, self.flip, self.random_crop, self.on_bad, *order)
         fixed = FixedSet(self._held_out(limit), *size, self.on_bad)
         self.train_set, self.validation_set = train, fixed
         if encoders is not None:
@@ -75,6 +80,8 @@ class DataModule(pl.LightningDataModule):
         """What makes the cache of each of the two sets."""
         if self.random_crop:
             raise ValueError("data.random_crop=true needs images: set cache=false, or random_crop=false")
+        if self.buckets is not None:
+            raise ValueError("data.buckets needs images, the cache is of one size: set cache=false, or buckets=null")
         sets = (("train", self.train, self.flip), ("validation", self._held_out(limit), False))
         how = (self.on_bad, self.num_workers)
         return {name: Encoding(each, *encoders, self.height, self.width, flip, *how) for name, each, flip in sets}

@@ -1,7 +1,6 @@
 """Stage two: the text-conditioned UNet (line two of the picture)."""
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,16 +58,9 @@ class DiffusionTraining(pl.LightningModule):
 
     def averaged_model(self) -> LatentDiffusion:
         """The model with the EMA weights, ready to sample from."""
-        m = self.model
-        return LatentDiffusion(
-            self.ema.average,  # type: ignore[arg-type]
-            m.autoencoder,
-            m.text_encoder,
-            m.schedule,
-            m.prediction,
-            m.defaults,
-            m.null_context,
-        )
+        model = copy.copy(self.model)
+        model.unet, model.name = self.ema.average, ""  # type: ignore[assignment]
+        return model
 
     def on_fit_start(self) -> None:
         """The frozen parts go where the UNet is."""
@@ -146,9 +138,8 @@ class DiffusionTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam over the UNet."""
-        return self.optimizer.build(
-            {"": [self.unet] if self.alignment is None else [self.unet, self.alignment]}, self.trainer.max_steps
-        )
+        trained = [self.unet] if self.alignment is None else [self.unet, self.alignment]
+        return self.optimizer.build({"": trained}, self.trainer.max_steps)
 
     def contents(self) -> Contents:
         """What a checkpoint keeps: the whole model with the EMA weights, and the raw ones of the UNet."""

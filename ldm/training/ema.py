@@ -1,7 +1,5 @@
 """Moving averages of the trained weights, kept apart: nothing is ever swapped in place."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +19,14 @@ PARTS = ".parametrizations."  # in the names of what a weight is made of (LoRA)
 
 
 class EMA(pl.Callback):
-    """θ̄ ← θ̄ + (1 - d)(θ - θ̄) after every optimiser step, d = min(decay, (1 + k) / (10 + k)) at step k.
-
-    Attributes:
-        average: a copy of the module with the averaged weights, in float32.
-        power: power-function averages by σ_rel (``ldm.averages``), written into the run beside each checkpoint.
-    """
+    """θ̄ ← θ̄ + (1 - d)(θ - θ̄) after every optimiser step, d = min(decay, (1 + k) / (10 + k)) at step k."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999, power: Sequence[float] = ()) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema_decay={decay}: the rule is 0 <= decay < 1")
         self.decay, self.source = decay, module
-        self.average = copy.deepcopy(module).eval().requires_grad_(False)
+        self.average = copy.deepcopy(module).eval().requires_grad_(False)  # with the averaged weights, in float32
+        # Power-function averages by σ_rel (ldm.averages), written into the run beside each checkpoint.
         self.power = {round(sigma, 3): copy.deepcopy(self.average) for sigma in power if averages.exponent(sigma)}
         self._step = -1
 
@@ -61,25 +55,22 @@ class EMA(pl.Callback):
         """What a resume needs goes into the checkpoint; snapshots, and a LoRA for diffusers, into the run's folder."""
         parts = {name: value for name, value in self.average.state_dict().items() if PARTS in name}
         checkpoint[BESIDE] = {"parts": parts} | {str(s): average.state_dict() for s, average in self.power.items()}
-        lora = isinstance(self.average, UNet) and any(factors(self.average))
+        lora = self.average if isinstance(self.average, UNet) and any(factors(self.average)) else None
         # What is not finite is refused by the checkpoint, which says why.
-        wanted = trainer.is_global_zero and (self.power or lora)
+        wanted = trainer.is_global_zero and (self.power or lora is not None)
         if wanted and all(p.isfinite().all() for p in self.average.parameters()):
             run = Path(trainer.default_root_dir)
             for sigma, average in self.power.items():
                 profile = averages.Profile(sigma, trainer.global_step)
                 averages.write(run / averages.FOLDER, profile, average.state_dict())
-            if lora:
-                assert isinstance(self.average, UNet)
-                export_lora(self.average, run / "pytorch_lora_weights.safetensors")
+            if lora is not None:
+                export_lora(lora, run / "pytorch_lora_weights.safetensors")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Average once an optimiser step, however many micro-batches it has."""
-        step = trainer.global_step
-        if step == self._step:
-            return
-        self._step = step
-        self.update(step)
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.update(self._step)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -1,11 +1,10 @@
 """What all ranks decide together, once an optimiser step: whether to skip it, and whether to stop after it."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,19 +28,12 @@ class PosteriorCollapse(UserWarning):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a training stops by itself.
+    """When a training stops by itself."""
 
-    Attributes:
-        nonfinite: steps in a row with a loss or a gradient that is not finite; each is skipped.
-        substituted: share of the samples that ``data.on_bad=skip`` may replace, once there were a hundred.
-        spike: a loss so many standard deviations above its running mean is logged with the keys of its samples.
-        active_units: of stage one: share of latent units below which a validation warns of a collapsed posterior.
-    """
-
-    nonfinite: int = 5
-    substituted: float = 0.01
-    spike: float = 6.0
-    active_units: float = 0.05
+    nonfinite: int = 5  # steps in a row with a loss or a gradient that is not finite; each is skipped
+    substituted: float = 0.01  # share of the samples that data.on_bad=skip may replace, once there were a hundred
+    spike: float = 6.0  # a loss so many standard deviations above its running mean is logged with its samples' keys
+    active_units: float = 0.05  # stage one: share of latent units below which a validation warns of a collapse
 
     def __post_init__(self) -> None:
         shares = all(0.0 <= share <= 1.0 for share in (self.substituted, self.active_units))
@@ -54,16 +46,12 @@ class Guard(pl.Callback):
 
     The ranks exchange five numbers a step, so none can take a step or stop that the others do not. What happened is
     written to ``events.jsonl`` in the run folder.
-
-    Attributes:
-        signal: that stopped the training, on whichever rank it came.
-        fault: why the training stopped by itself.
     """
 
     def __init__(self, limits: Limits, run: Path, clip: float | None) -> None:
         self.limits, self.run, self.clip = limits, run, math.inf if clip is None else clip
-        self.signal: int | None = None
-        self.fault: str | None = None
+        self.signal: int | None = None  # that stopped the training, on whichever rank it came
+        self.fault: str | None = None  # why the training stopped by itself
         self._received = 0
         self._before: dict[int, Any] = {}
         self._group: Any = None
@@ -103,20 +91,19 @@ class Guard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Agree, clip, skip."""
-        norms = {}
-        for name, parameters in _by_name(optimizer).items():
-            norms[name] = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip))
+        together: dict[str, list[Tensor]] = defaultdict(list)  # parameters of the groups of one name
+        for group in optimizer.param_groups:
+            together[group["clip"]] += group["params"]
+        norms = {name: whole(torch.nn.utils.clip_grad_norm_(some, self.clip)) for name, some in together.items()}
         values = torch.stack([torch.as_tensor(self._loss), *(norm.double() for norm in norms.values())]).tolist()
-        loss, bad = values[0], not all(math.isfinite(value) for value in values)
-        rows = self._gather([float(self._received), float(bad), loss, *map(float, self._batch)])
-        number, bad, loss = int(max(row[0] for row in rows)), any(row[1] for row in rows), _mean(rows, 2)
-        self._seen += int(sum(row[3] for row in rows))
-        self._replaced += int(sum(row[4] for row in rows))
+        own = [float(self._received), float(not all(map(math.isfinite, values))), values[0], *map(float, self._batch)]
+        numbers, faults, losses, seen, replaced = zip(*self._gather(own), strict=True)  # a column of all ranks each
+        bad, loss = any(faults), sum(losses) / len(losses)
+        self._seen += int(sum(seen))
+        self._replaced += int(sum(replaced))
         self._in_a_row = self._in_a_row + 1 if bad else 0
         if bad:
-            for group in optimizer.param_groups:  # without gradients the optimiser leaves weights and moments alone
-                for p in group["params"]:
-                    p.grad = None
+            optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
             self._skipped += 1
             self._event(trainer, "skipped", loss)
         else:
@@ -125,7 +112,7 @@ class Guard(pl.Callback):
             pl_module.log("loss", loss, prog_bar=True, logger=False)
             pl_module.log_dict({f"train/grad_norm{name}": norm for name, norm in norms.items()})
         pl_module.log_dict({"train/skipped_steps": float(self._skipped), "train/substituted": float(self._replaced)})
-        self._judge(number)
+        self._judge(int(max(numbers)))
         self._clear()
 
     def _gather(self, own: list[float]) -> list[list[float]]:
@@ -199,18 +186,6 @@ class Guard(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Likewise."""
         self.on_fit_end(trainer, pl_module)
-
-
-def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """The parameters that are clipped together: those of groups of one name."""
-    found: dict[str, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        found.setdefault(group["clip"], []).extend(group["params"])
-    return found
-
-
-def _mean(rows: list[list[float]], column: int) -> float:
-    return sum(row[column] for row in rows) / len(rows)
 
 
 def ignore_signals(worker: int) -> None:

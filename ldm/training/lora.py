@@ -3,8 +3,6 @@
 By torch's parametrisation of ``weight``: modules, their forward pass and their names stay what they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +40,8 @@ def adapt(unet: UNet, rank: int, targets: Sequence[str] = ("to_q", "to_k", "to_v
     found = [(name.rpartition(".")[2], m) for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     names = {name for name, _ in found}
     if rank < 1 or not targets or not names.issuperset(targets):
-        raise ValueError(
-            f"lora.rank={rank}, lora.targets={list(targets)}: the rule is a rank of 1 or more, and targets of "
-            + ", ".join(sorted(names))
-        )
+        rule = f"a rank of 1 or more, and targets of {', '.join(sorted(names))}"
+        raise ValueError(f"lora.rank={rank}, lora.targets={list(targets)}: the rule is {rule}")
     unet.requires_grad_(False)
     for name, module in found:
         if name in targets:

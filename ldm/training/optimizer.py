@@ -1,7 +1,5 @@
 """Adam with float32 master weights, and how the learning rate goes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,25 +11,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (Loshchilov & Hutter, 1711.05101) with a linear warm-up and an optional decay to zero.
+    """AdamW (Loshchilov & Hutter, 1711.05101) with a linear warm-up and an optional decay to zero."""
 
-    Attributes:
-        learning_rate: after the warm-up.
-        betas: decay rates of Adam's two moments.
-        eps: added to the root of the second moment; below it a gradient is taken for rounding.
-        weight_decay: decoupled, on weights of two or more dimensions alone.
-        warmup: steps of linear warm-up.
-        decay: ``constant``, ``cosine`` over all the steps, or ``linear`` over the last ``cooldown`` of them.
-        cooldown: share of the steps over which ``linear`` decays.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup: int = 500
-    decay: Literal["constant", "cosine", "linear"] = "constant"
-    cooldown: float = 0.3
+    learning_rate: float = 1e-4  # after the warm-up
+    betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's two moments
+    eps: float = 1e-8  # added to the root of the second moment; below it a gradient is taken for rounding
+    weight_decay: float = 0.01  # decoupled, on weights of two or more dimensions alone
+    warmup: int = 500  # steps of linear warm-up
+    decay: Literal["constant", "cosine", "linear"] = "constant"  # cosine over all the steps, linear over the last
+    cooldown: float = 0.3  # share of the steps over which `linear` decays
 
     def __post_init__(self) -> None:
         if not 0.0 < self.learning_rate < math.inf:

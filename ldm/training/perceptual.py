@@ -1,7 +1,5 @@
 """The perceptual term of stage one: how far apart two images are to a frozen network."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

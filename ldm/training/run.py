@@ -1,7 +1,5 @@
 """One training from set-up to last checkpoint: what ``train.py`` calls."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import wandb
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
@@ -31,13 +30,7 @@ from ldm.training.guard import Guard, Limits
 from ldm.training.sharded import Sharded
 from ldm.training.speed import Layout
 
-OWN = (
-    "timeout",
-    "channels_last",
-    "checkpointing",
-    "compile",
-    "slurm",
-)  # settings of a trainer that are not Lightning's
+OWN = ("timeout", "channels_last", "checkpointing", "compile", "slurm")  # settings that are not Lightning's
 
 
 @dataclass(frozen=True)
@@ -89,6 +82,7 @@ def fit(
         "samples": len(data.train),
         "index": data.train.index_hash,
         "window": data.window,
+        "buckets": data.buckets,
         "on_bad": data.on_bad,
     }
     if resume is not None:
@@ -173,6 +167,15 @@ def _csv(output: Path, resumed: bool) -> CSVLogger:
         file.write_bytes(before)
         writer.metrics_keys = before.split(b"\n", 1)[0].decode().strip().split(",")
     return logger
+
+
+def check_wandb(node: Any) -> None:
+    """ValueError if a config asks for wandb online and no key is there: in the first second, not after an epoch."""
+    online = any(logger.get("mode") == "online" for logger in node["loggers"])
+    if online and not wandb.api.api_key:
+        raise ValueError(
+            "logger=wandb: no API key; run `wandb login`, set WANDB_API_KEY, or log offline with logger.mode=offline"
+        )
 
 
 def _check_cursor(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:

@@ -1,7 +1,5 @@
 """What makes a training fast or small and changes its numbers by no more than their rounding (docs/scale.md)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ class Layout:
     compile: bool
 
     @staticmethod
-    def of(trainer: Mapping[str, Any]) -> Layout:
+    def of(trainer: Mapping[str, Any]) -> "Layout":
         """What the settings of a trainer ask for; ``auto`` is what was the fastest, docs/scale.md says where.
 
         A CPU's group norm in bfloat16 takes ten times as long over channels-last; compilation brings a CPU 2 %.

@@ -3,8 +3,6 @@
 Shapes: n images, c channels, h × w latents, e width of the time embedding.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -14,17 +12,12 @@ from torch import Tensor, nn
 NUM_GROUPS = 32  # group normalisation, as in SD 1.x: widths are multiples of 32
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of t: γ_i = t · max_period^(-i / (dim/2)), cosines first (DDPM, 2006.11239, §B; SD 1.x order).
-
-    Args:
-        t: timesteps, real numbers are welcome, shape (n,).
-        dim: width of the embedding, even.
-        max_period: the longest period / 2π.
-
-    Returns:
-        float32, shape (n, dim).
-    """
+def timestep_embedding(
+    t: Tensor,  # timesteps, real numbers are welcome, (n,)
+    dim: int,  # width of the embedding, even
+    max_period: float = 10_000.0,  # the longest period / 2π
+) -> Tensor:  # float32 (n, dim)
+    """Sinusoids of t: γ_i = t · max_period^(-i / (dim/2)), cosines first (DDPM, 2006.11239, §B; SD 1.x order)."""
     half = dim // 2
     frequency = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
     angle = t.float()[:, None] * frequency[None]  # (n, dim / 2)

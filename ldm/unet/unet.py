@@ -6,9 +6,8 @@ blocks and a downsampling; the mirror image of it; each input block hands its ou
 Shapes: n images, c channels, h × w latents, m text tokens, d width of the context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,13 +76,15 @@ class UNet(nn.Module):
         self.gradient_checkpointing = False
         self.time_dim, embedding_dim = widths[0], 4 * widths[0]
 
+        res = partial(ResBlock, embedding_dim=embedding_dim, dropout=dropout)
+
         def attend(level: int) -> Transformer:
             return Transformer(widths[level], heads[level], context_dim, linear_projections)
 
         def block(c_in: int, level: int, upsample: bool = False) -> Block:
             c = widths[level]
             transformer = attend(level) if attention[level] else None
-            return Block(ResBlock(c_in, c, embedding_dim, dropout), transformer, Upsample(c) if upsample else None)
+            return Block(res(c_in, c), transformer, Upsample(c) if upsample else None)
 
         self.time_embedding = nn.Sequential(
             nn.Linear(self.time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
@@ -98,13 +99,7 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.input_blocks.append(Downsample(channels))
                 skips.append(channels)
-        self.middle_blocks = nn.ModuleList(
-            [
-                ResBlock(channels, channels, embedding_dim, dropout),
-                attend(-1),
-                ResBlock(channels, channels, embedding_dim, dropout),
-            ]
-        )
+        self.middle_blocks = nn.ModuleList([res(channels, channels), attend(-1), res(channels, channels)])
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             for i in range(num_blocks + 1):
@@ -116,17 +111,13 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Predict from noisy latents.
-
-        Args:
-            z: noisy latents, shape (n, in_channels, h, w).
-            t: timesteps in [0, 1000), real, shape (n,).
-            context: text, shape (n, m, d).
-
-        Returns:
-            Shape (n, out_channels, h, w), in the type of z.
-        """
+    def forward(
+        self,
+        z: Tensor,  # noisy latents, (n, in_channels, h, w)
+        t: Tensor,  # timesteps in [0, 1000), real, (n,)
+        context: Tensor,  # text, (n, m, d)
+    ) -> Tensor:
+        """The prediction from noisy latents, (n, out_channels, h, w), in the type of z."""
         embedding = self.time_embedding(timestep_embedding(t, self.time_dim).to(z.dtype))
         h, skips = z, []
         for module in self.input_blocks:

@@ -61,9 +61,15 @@ def test_eps_is_short_for_epsilon() -> None:
     [
         (["loss=gaussian"], "stage=diffusion with a loss of the other stage, ldm.autoencoder.CalibratedLoss"),
         (["experiment=emoji/autoencoder", "loss=diffusion"], "choose loss=gaussian or loss=laplace"),
+        (["experiment=emoji/autoencoder", "lora.rank=4"], "lora.rank is not for stage=autoencoder"),
+        (["experiment=emoji/autoencoder", "ema.power=[0.05,0.1]"], "ema.power is not for stage=autoencoder"),
+        (["experiment=emoji/autoencoder", "repa=0.5"], "repa is not for stage=autoencoder"),
+        (["perceptual=features"], "perceptual is not for stage=diffusion"),
+        (["adversarial=patch"], "adversarial is not for stage=diffusion"),
+        (["decoder_only=true"], "decoder_only is not for stage=diffusion"),
     ],
 )
-def test_a_loss_of_the_other_stage_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_setting_of_the_other_stage_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
     assert door(train, [*arguments, f"output={tmp_path / 'run'}"]) == 2
     assert said in capsys.readouterr().err
 

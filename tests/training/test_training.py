@@ -141,6 +141,22 @@ def test_its_latents_have_zero_mean_and_unit_variance_over_the_data(stage_one: P
     torch.testing.assert_close(total, torch.ones(4), rtol=1e-3, atol=0)
 
 
+def test_decoder_only_keeps_the_latents_to_the_bit_and_trains_the_rest(
+    stage_one: Path, shapes: Path, tmp_path: Path, capsys: Any
+) -> None:
+    more = (*AUTOENCODER, "decoder_only=true", "adversarial=patch", "adversarial.widths=[32]", "adversarial.start=0")
+    run = tmp_path / "run"
+    assert door(train, arguments(shapes, run, "autoencoder", 3, f"init={stage_one}", *more)) == 0
+    before, after = ldm.load_autoencoder(stage_one).state_dict(), ldm.load_autoencoder(run).state_dict()
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert changed == {"from_latents", "decoder"}
+    assert torch.equal(ldm.load_autoencoder(run).encode(x), ldm.load_autoencoder(stage_one).encode(x))
+    capsys.readouterr()
+    assert door(train, arguments(shapes, tmp_path / "other", "autoencoder", 3, *AUTOENCODER, "decoder_only=true")) == 2
+    assert "decoder_only=true keeps the encoder of init=MODEL: give one" in capsys.readouterr().err
+
+
 def test_the_unet_learns_by_the_curve_on_fixed_noise(stage_two: Path) -> None:
     # Velocity of unit variance: 1.0 is what predicting nothing scores; measured 0.52 at step 50 and 0.47 at step 200.
     curve = column(stage_two, "val/mse")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.unet import UNet
+from ldm.unet import UNet, attention
 from ldm.unet.attention import PLAIN_LIMIT, Transformer, attend
 from ldm.unet.layers import timestep_embedding
 
@@ -71,6 +71,20 @@ def test_plain_attention_equals_the_fused_kernel() -> None:
     torch.testing.assert_close(
         attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_in_parts_attends_as_a_whole_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, g = (y.to(dtype).requires_grad_() for y in torch.randn(4, 5, 4, 64, 32))
+    whole = attend(q, k, v)
+    calls, plain = [], attention._plain
+    monkeypatch.setattr(attention, "_plain", lambda *y: calls.append(len(y[0])) or plain(*y))
+    monkeypatch.setattr(attention, "TOGETHER", 2 * 4 * 64 * 64)
+    parts = attend(q, k, v)
+    assert calls == [2, 2, 1]
+    assert torch.equal(parts, whole)
+    both = (torch.autograd.grad(y, (q, k, v), g) for y in (parts, whole))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
