@@ -15,7 +15,8 @@ import pickle
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,12 @@ class DamagedCheckpoint(UserWarning):
 
 @dataclass
 class Contents:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-        components: modules by name (``unet``, ``autoencoder``, ``text_encoder``), with the weights to use: EMA weights
-            where there are some.
-        raw: the same modules' weights as the optimiser has them, by component.
-        tensors: what else the model needs, e.g. ``null_context``.
-        settings: plain values: prediction, schedule, grid, recommended guidance, size, data cursor.
-    """
-
-    components: dict[str, nn.Module]
-    raw: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    components: dict[str, nn.Module]  # unet, autoencoder, text_encoder, with the weights to use: EMA's if any
+    raw: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)  # their weights as the optimiser has them
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # what else the model needs, e.g. null_context
+    settings: dict[str, Any] = field(default_factory=dict)  # prediction, schedule, grid, guidance, size, data cursor
 
 
 def save(
@@ -63,6 +56,7 @@ def save(
     contents: Contents,
     state: dict[str, Any] | None = None,  # a training's: tensors and primitives alone
     share: Path | None = None,  # another checkpoint; a file that both hold is linked to, not written again
+    shards: dict[str, Any] | None = None,  # size and sha256 of what lies in the partial folder already, by name
 ) -> None:
     """Write a checkpoint: beside its target, fsynced, manifest last, renamed; an old one there goes afterwards.
 
@@ -73,22 +67,16 @@ def save(
     target = Path(folder)
     tensors = {f"{name}.safetensors": dict(module.state_dict()) for name, module in contents.components.items()}
     tensors |= {f"{name}.raw.safetensors": dict(weights) for name, weights in contents.raw.items()}
-    if contents.tensors:
-        tensors["tensors.safetensors"] = contents.tensors
+    tensors |= {"tensors.safetensors": contents.tensors} if contents.tensors else {}
+    tensors = {file: weights for file, weights in tensors.items() if not listed(shards or {}, file)}
     for file, weights in tensors.items():
         check_finite(weights, f"{target}/{file}")
     check_finite(dict(_tensors_in(state or {}, STATE)), str(target))
-    part = target.with_name(f".{target.name}.partial")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _fill(part, contents, tensors, state, _shareable(share))
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free < 2**20:
-            reason = os.strerror(errno.ENOSPC)  # torch.save hides it behind a position that it did not expect
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"checkpoint {target} could not be written: {reason}; those before it are untouched") from error
+    with writing(target) as part:
+        if shards is None:
+            shutil.rmtree(part, ignore_errors=True)  # of a killed process
+            part.mkdir(parents=True)
+        _fill(part, contents, tensors, state, _shareable(share), dict(shards or {}))
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -98,36 +86,43 @@ def save(
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """The folder in which a checkpoint is written; a fault takes it away, and one of the disk becomes a line."""
+    part = target.with_name(f".{target.name}.partial")
+    try:
+        yield part
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free < 2**20:
+            reason = os.strerror(errno.ENOSPC)  # torch.save hides it behind a position that it did not expect
+        shutil.rmtree(part, ignore_errors=True)
+        if reason is None or isinstance(error, ValueError):  # it is a line already
+            raise
+        raise OSError(f"checkpoint {target} could not be written: {reason}; those before it are untouched") from error
+
+
 def _fill(
-    part: Path,
-    contents: Contents,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any] | None,
-    shared: Mapping[str, Path],
+    part: Path, contents: Contents, tensors: Any, state: Any, shared: Mapping[str, Path], files: dict[str, Any]
 ) -> None:
-    """All files of a checkpoint, the manifest last."""
-    files: dict[str, dict[str, Any]] = {}
+    """All files of a checkpoint but for ``files``, the manifest last."""
     for file, weights in tensors.items():
-        data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-        files[file] = _put(part / file, data, shared)
+        files[file] = put(part / file, weights, shared)
     for name, module in contents.components.items():
         if isinstance(module, TextEncoder):
             file = f"{name}.tokenizer.json"
-            files[file] = _put(part / file, module.tokenizer_json.encode(), shared)
+            files[file] = put(part / file, module.tokenizer_json.encode(), shared)
     if state is not None:
         with open(part / STATE, "wb+") as written:
             torch.save(state, written)
             written.flush()
             os.fsync(written.fileno())
             written.seek(0)
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
-            files[STATE] = {"size": written.tell(), "sha256": digest}
+            files[STATE] = {"sha256": hashlib.file_digest(written, "sha256").hexdigest(), "size": written.tell()}
+    classes = {n: {"class": type(m).__name__, "arguments": m.arguments} for n, m in contents.components.items()}
     manifest = {
         "format": FORMAT,
-        "components": {
-            name: {"class": type(module).__name__, "arguments": module.arguments}
-            for name, module in contents.components.items()
-        },
+        "components": classes,
         "settings": contents.settings,
         "files": files,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -189,7 +184,7 @@ def load(
         if entry["class"] == "TextEncoder":
             arguments["tokenizer"] = read_verified(root, manifest, f"{name}.tokenizer.json").decode()
         raw = f"{name}.raw.safetensors"
-        file = raw if weights == "raw" and raw in manifest["files"] else f"{name}.safetensors"
+        file = raw if weights == "raw" and listed(manifest["files"], raw) else f"{name}.safetensors"
         # Built without memory, so that loading costs the weights once and no time for their initial values.
         with torch.device("meta"):
             module = CLASSES[entry["class"]](**arguments)
@@ -222,8 +217,7 @@ def check_fit(expected: Mapping[str, Shape], found: Mapping[str, Shape], source:
     """Raise ValueError listing the first twenty tensors that are missing, unexpected or of another shape."""
     faults = [f"missing {name}" for name in expected.keys() - found.keys()]
     faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    both = expected.keys() & found.keys()
-    faults += [f"{name} is {found[name]}, not {expected[name]}" for name in both if found[name] != expected[name]]
+    faults += [f"{n} is {found[n]}, not {expected[n]}" for n in found if expected.get(n, found[n]) != found[n]]
     if faults:
         raise ValueError(f"{source} does not fit: {'; '.join(sorted(faults)[:20])} ({len(faults)} in all)")
 
@@ -235,12 +229,21 @@ def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
             raise ValueError(f"{source}: {name} holds NaN or infinite values; take an earlier checkpoint")
 
 
+def listed(files: Iterable[str], file: str) -> list[str]:
+    """The names under which a manifest lists a file: its own, or those of its shards, in their order."""
+    return sorted(n for n in files if n == file or n.startswith(f"{file.removesuffix('.safetensors')}.shard-"))
+
+
 def read_tensors(root: Path, manifest: dict[str, Any], file: str) -> dict[str, Tensor]:
-    """Tensors of a verified safetensors file."""
+    """Tensors of a verified safetensors file, or of its shards, which hold chunks of their first dimension."""
+    found: dict[str, list[Tensor]] = {}
     try:
-        return safetensors.torch.load(read_verified(root, manifest, file))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{root}/{file} is no safetensors file ({error})") from error
+        for part in listed(manifest["files"], file) or [file]:
+            for name, tensor in safetensors.torch.load(read_verified(root, manifest, part)).items():
+                found.setdefault(name, []).append(tensor)
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in found.items()}
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{root}/{file} is no safetensors file, nor shards of one ({error})") from error
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
@@ -312,16 +315,15 @@ def _shareable(folder: Path | None) -> dict[str, Path]:
     return {entry["sha256"]: folder / name for name, entry in files.items() if (folder / name).is_file()}
 
 
-def _put(path: Path, data: bytes, shared: Mapping[str, Path]) -> dict[str, Any]:
-    entry = _describe(data)
-    same = shared.get(entry["sha256"])
-    if same is not None:
-        try:
-            os.link(same, path)
-            return entry
-        except OSError:
-            pass  # another file system: written again
-    _write(path, data)
+def put(path: Path, content: bytes | Mapping[str, Tensor], shared: Mapping[str, Path]) -> dict[str, Any]:
+    """Write or link a file, tensors as safetensors; returns its size and sha256."""
+    if not isinstance(content, bytes):
+        content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in content.items()})
+    entry = _describe(content)
+    try:
+        os.link(shared[entry["sha256"]], path)
+    except (KeyError, OSError):  # not there, or on another file system
+        _write(path, content)
     return entry
 
 

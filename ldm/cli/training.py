@@ -227,6 +227,7 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
         gamma = cfg.pop("min_snr")
         if cfg.stage == "diffusion":
             cfg.loss = {"_target_": "ldm.diffusion.Objective", "min_snr": gamma}
+    cfg.checkpoint.setdefault("sharded", False)
     OmegaConf.set_struct(cfg, True)
     for key, value in given.items():
         if not key.startswith(_SETTINGS_OF_SPEED):
@@ -269,6 +270,9 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         raise ValueError(f"stage={cfg.stage} is unknown; choose autoencoder or diffusion")
     check_wandb(OmegaConf.to_container(cfg.logger, resolve=True))
     intervals = Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every)
+    if (shards := cfg.checkpoint.sharded) not in (False, True) or (shards and cfg.trainer.strategy != "fsdp"):
+        rule = "true or false, and true with trainer.strategy=fsdp alone; set checkpoint.sharded=false"
+        raise ValueError(f"checkpoint.sharded={shards}, trainer.strategy={cfg.trainer.strategy}: the rule is {rule}")
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
     folder = Path(cfg.cache) if isinstance(cfg.cache, str) else None
@@ -324,5 +328,6 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         "loggers": [instantiate(logger, _convert_="all") for logger in cfg.logger.loggers],
         "clip": cfg.clip,
         "limits": Limits(**cfg.get("guard", {})),
+        "shards": shards,
     }
     return module, data, options

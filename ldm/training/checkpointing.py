@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm import checkpoint
 from ldm.checkpoint import Contents
 from ldm.data.shards import write_atomically
+from ldm.training import sharded
 from ldm.training.ema import AVERAGE, PARTS
-from ldm.training.sharded import gathered
 
 WEIGHTS = "state_dict"  # Lightning's name for the module's weights
 SCORES = "scores.json"
@@ -25,15 +26,15 @@ SCORES = "scores.json"
 class FolderIO(CheckpointIO):
     """Writes the model as a checkpoint folder, and what only a training needs to its ``state.pt``."""
 
-    def __init__(self, contents: Callable[[], Contents], cursor: dict[str, Any]) -> None:
+    def __init__(self, contents: Callable[[], Contents], cursor: dict[str, Any], shards: bool = False) -> None:
         super().__init__()
-        self.contents, self.cursor = contents, cursor
+        self.contents, self.cursor, self.shards = contents, cursor, shards
         self._last: Path | None = None
         self.ending = False  # what cannot be saved at the very end is noted, so that the reason of the end is told
         self.refused: str | None = None
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Called by Lightning on the first rank; by FSDP on all, and the first one writes."""
+        """Called by Lightning on the first rank; by FSDP on all, of which the first one writes, or each its shards."""
         try:
             self._save(checkpoint_dict, Path(path))
         except ValueError as error:  # weights that are not finite
@@ -42,24 +43,26 @@ class FolderIO(CheckpointIO):
             self.refused = str(error)
 
     def _save(self, checkpoint_dict: dict[str, Any], path: Path) -> None:
-        contents = gathered(self.contents())
-        if dist.is_initialized() and dist.get_rank():
-            return
-        contents.settings["cursor"] = {**self.cursor, "step": checkpoint_dict["global_step"]}
+        contents, save = self.contents(), sharded.save if self.shards else checkpoint.save
         state = {key: value for key, value in checkpoint_dict.items() if key != WEIGHTS}
         held = {f"{name}.{key}" for name, weights in contents.raw.items() for key in weights}
         state["rest"] = {k: v for k, v in checkpoint_dict[WEIGHTS].items() if k not in held}
-        checkpoint.save(path, contents, state, share=self._last)
+        if not self.shards:
+            contents, state = sharded.gathered(contents), sharded.whole(state)
+            if dist.is_initialized() and dist.get_rank():
+                return
+        contents.settings["cursor"] = {**self.cursor, "step": checkpoint_dict["global_step"]}
+        save(path, contents, state, share=self._last)
         self._last = path
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Called by Lightning on every rank; every file is checked against its hash."""
         root, manifest = Path(path), checkpoint.read_manifest(path)
-        state = checkpoint.read_state(root)
+        state = sharded.joined(root, manifest, checkpoint.read_state(root))
         weights = state.pop("rest")
         average = {}
         for name in manifest["components"]:
-            if f"{name}.raw.safetensors" in manifest["files"]:
+            if checkpoint.listed(manifest["files"], f"{name}.raw.safetensors"):
                 raw = checkpoint.read_tensors(root, manifest, f"{name}.raw.safetensors")
                 # Of a weight with factors (LoRA) the rest holds the parts, and the file what they make together.
                 parted = {f"{name}.{key}" for key in raw} & {k.replace(PARTS, ".").removesuffix(".original")
@@ -92,6 +95,12 @@ class Folders(pl.Callback):
         if trainer.is_global_zero:
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay Adam's moments as the weights lie: fused, it goes by memory, and the run may have had another layout."""
+        for optimizer in trainer.optimizers:
+            for weight, state in optimizer.state.items():
+                state |= {k: torch.empty_like(weight).copy_(v) for k, v in state.items() if v.shape == weight.shape}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Every so many optimiser steps."""

@@ -69,6 +69,7 @@ def fit(
     resume: Path | None = None,  # a checkpoint folder
     clip: float | None = 1.0,  # of the gradient's global norm
     limits: Limits | None = None,
+    shards: bool = False,  # each rank writes its own part of a checkpoint; under FSDP alone
 ) -> Outcome:
     """Train to ``trainer['max_steps']``, or until a signal or a fault stops it; the last step is saved either way.
 
@@ -92,7 +93,7 @@ def fit(
     guard = Guard(limits or Limits(), output, clip)
     stage_one = isinstance(module, AutoencoderTraining)
     metric = "val/psnr_ema" if stage_one else "val/mse_ema"
-    io = FolderIO(module.contents, cursor)
+    io = FolderIO(module.contents, cursor, shards)
     folders = Folders(output, io, intervals.checkpoint, intervals.keep, metric, higher_is_better=stage_one)
     # Advertisements, and a remark on every run folder, which holds its config before its metrics.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -126,7 +127,7 @@ def fit(
     engine.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume))
     if guard.signal == signal.SIGUSR1 and slurm and engine.is_global_zero:
         _requeue()
-    if io.refused is not None and guard.fault is None:
+    if io.refused is not None and guard.fault is None and engine.is_global_zero:
         raise ValueError(io.refused)
     return Outcome(engine.global_step, folders.best(), guard.signal, guard.fault, io.refused)
 

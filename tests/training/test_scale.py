@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import ldm
 from ldm import checkpoint, precision
 from ldm.cli import door, train
+from ldm.training.checkpointing import FolderIO
 from ldm.training.guard import Guard
 from ldm.training.optimizer import Optimizer
 from ldm.training.speed import Layout, resolve_precision
 from tests.training.test_training import column, weights
 from tests.training.test_trust import (  # fixtures, and what starts processes
     command,  # noqa: F401
+    settings_of,
     start,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Command = Callable[..., list[str]]
 Steps = list[tuple[float, float]]  # loss and learning rate of every step
+THREE = ("data.batch_size=6",)  # which one, two and three processes divide
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +59,18 @@ def own_steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return seen
 
 
+def ended(faults: dict[str, Any], settings: list[str], folder: Path) -> None:
+    """A training in processes of its own, to its end."""
+    process = start(faults, settings, folder)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()[-3000:]
+
+
 def in_processes(folder: Path, settings: list[str]) -> Steps:
     """Loss and learning rate of each step of a training in processes of its own."""
     log = folder / "losses.jsonl"
     log.unlink(missing_ok=True)
-    process = start({"losses": str(log)}, settings, folder)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr.decode()[-3000:]
+    ended({"losses": str(log)}, settings, folder)
     return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
 
 
@@ -101,6 +111,139 @@ def test_two_processes_have_the_losses_and_rates_of_one_by_ddp_and_by_fsdp_and_e
     first, second = weights(tmp_path / "fsdp"), weights(one)
     for name, tensor in first.items():  # half a step of Adam, whose sign a rounding may turn where a gradient is near 0
         torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-3, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints in shards
+
+
+@pytest.fixture(scope="module")
+def runs(shapes: Path, parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same six steps of three processes by FSDP, with whole checkpoints and with those in shards."""
+    folder, found = tmp_path_factory.mktemp("shards"), {}
+    for name, more in (("whole", ()), ("shards", ("checkpoint.sharded=true",))):
+        found[name] = folder / name
+        settings = (*THREE, "trainer.devices=3", "trainer.strategy=fsdp", *more)
+        ended({"apart": True} if more else {}, settings_of(shapes, parts, found[name], 6, *settings), folder)
+    return found
+
+
+def test_shards_hold_each_rank_s_own_and_together_what_a_whole_checkpoint_holds_to_the_bit(
+    runs: dict[str, Path],
+) -> None:
+    whole, shards = (checkpoint.newest(run) for run in runs.values())
+    manifest = checkpoint.read_manifest(shards)
+    names = [f"{part}.shard-0000{r}-of-00003.safetensors" for part in ("state", "unet.raw", "unet") for r in range(3)]
+    assert sorted(name for name in manifest["files"] if "shard" in name) == names
+    assert {path.name for path in shards.iterdir()} == {*manifest["files"], checkpoint.MANIFEST}
+    first, last = (safetensors.torch.load_file(shards / names[i]) for i in (3, 5))
+    assert first.keys() > last.keys()  # the four output channels are 2 + 2 + 0
+    own = sum(tensor.numel() for tensor in first.values())
+    total = sum(tensor.numel() for tensor in checkpoint.read_tensors(shards, manifest, "unet.safetensors").values())
+    assert own == pytest.approx(total / 3, rel=0.1)
+    one, other = everything(whole), everything(shards)
+    assert one.keys() == other.keys()
+    assert sum(name.startswith("adam/") for name in one) > 100
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    left, right = (checkpoint.load(folder, weights="raw").components["unet"].state_dict() for folder in (whole, shards))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    frozen = ["autoencoder.safetensors", "text_encoder.safetensors"]
+    assert [(shards.with_name("step-00000003") / name).stat().st_ino for name in frozen] == [
+        (shards / name).stat().st_ino for name in frozen
+    ]
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, of its training too."""
+    loaded = FolderIO(dict, {}).load_checkpoint(folder)
+    contents = checkpoint.load(folder)
+    return {
+        **{f"{name}/{k}": v for name, module in contents.components.items() for k, v in module.state_dict().items()},
+        **{f"raw/{k}": v for k, v in loaded["state_dict"].items()},
+        **{f"tensors/{k}": v for k, v in contents.tensors.items()},
+        **{
+            f"adam/{i}/{k}": torch.as_tensor(v)
+            for i, one in loaded["optimizer_states"][0]["state"].items()
+            for k, v in one.items()
+        },
+    }
+
+
+def test_shards_open_and_go_on_as_whole_checkpoints_do_in_one_process_and_in_two(
+    runs: dict[str, Path],
+    shapes: Path,
+    parts: tuple[Path, Path],
+    tmp_path: Path,
+    own_steps: Steps,
+    capsys: Any,
+) -> None:
+    one, moved = tmp_path / "one", tmp_path / "moved"
+    assert door(train, settings_of(shapes, parts, one, 9, *THREE)) == 0
+    expected = list(own_steps)
+    shutil.copytree(runs["shards"], moved)
+    assert ldm.load(moved).sample("a red square", steps=2).images.isfinite().all()
+    own_steps.clear()
+    alone = [f"resume={moved}", "trainer.max_steps=9", "trainer.devices=1", "trainer.strategy=ddp"]
+    assert door(train, alone) == 2
+    assert "set checkpoint.sharded=false" in capsys.readouterr().err
+    assert door(train, [*alone, "checkpoint.sharded=false"]) == 0
+    assert_same(own_steps, expected[6:])
+    shutil.rmtree(one / "checkpoints/step-00000009")
+    both = [f"resume={one}", "trainer.devices=2", "trainer.strategy=fsdp", "checkpoint.sharded=true"]
+    assert_same(in_processes(tmp_path, both), expected[6:])
+    assert len(list((one / "checkpoints/step-00000009").glob("unet.raw.shard-*-of-00002.safetensors"))) == 2
+    first, second = (everything(checkpoint.newest(run)) for run in (one, moved))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():  # as above: half a step of Adam
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_shard_that_is_missing_or_damaged_is_named_and_the_checkpoint_before_is_taken(
+    damage: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["shards"], run)
+    file = run / "checkpoints/step-00000006/state.shard-00001-of-00003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink() if damage == "missing" else file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{file} is {'missing' if damage == 'missing' else 'damaged'}"):
+        FolderIO(dict, {}).load_checkpoint(file.parent)
+    with pytest.warns(checkpoint.DamagedCheckpoint, match=f"{file} is .*: took step-00000003, 1 before"):
+        assert checkpoint.newest(run).name == "step-00000003"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("limit", "checkpoint {}/checkpoints/step-00000006 could not be written: File too large; those before"),
+        ("spoil", "{}/checkpoints/step-00000006/unet.raw.shard-00001-of-00002.safetensors: time_embedding.0.weight"),
+    ],
+)
+def test_a_fault_of_one_rank_in_writing_ends_all_with_one_line_and_leaves_nothing_half_written(
+    fault: str,
+    said: str,
+    command: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    both = ("trainer.devices=2", "trainer.strategy=fsdp", "checkpoint.sharded=true")
+    process = start({fault: [1, 6]}, command("diffusion", run, 9, *both), tmp_path)
+    _, stderr = process.communicate(timeout=300)
+    lines = [line for line in stderr.decode().splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2, stderr.decode()[-3000:]
+    assert len(lines) == 2  # of each process
+    assert lines[0] == lines[1]
+    assert said.format(run) in lines[0]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    checkpoint.verify(run / "checkpoints/step-00000003")
+
+
+def test_shards_are_refused_where_nothing_is_shared_out(command: Command, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+    assert door(train, command("diffusion", tmp_path / "run", 2, "checkpoint.sharded=true")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: checkpoint.sharded=True, trainer.strategy=ddp: the rule is true or false, and true")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_learning_rate_of_a_sample_does_not_change_with_micro_batches(
@@ -230,6 +373,22 @@ def test_layout_and_checkpointing_change_losses_by_no_more_than_rounding(
     usual = list(own_steps)
     own_steps.clear()
     assert door(train, command("diffusion", tmp_path / "other", 10, f"trainer.{setting}")) == 0
+    assert_same(own_steps, usual)
+
+
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_a_run_that_goes_on_in_another_layout_has_the_losses_of_one_that_does_not(
+    first: str,
+    command: Command,  # noqa: F811
+    tmp_path: Path,
+    own_steps: Steps,
+) -> None:
+    run, then = tmp_path / "run", "false" if first == "true" else "true"
+    assert door(train, command("diffusion", tmp_path / "usual", 6)) == 0
+    usual = list(own_steps)
+    own_steps.clear()
+    assert door(train, command("diffusion", run, 3, f"trainer.channels_last={first}")) == 0
+    assert door(train, [f"resume={run}", "trainer.max_steps=6", f"trainer.channels_last={then}"]) == 0
     assert_same(own_steps, usual)
 
 

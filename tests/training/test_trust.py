@@ -29,6 +29,7 @@ from tests.training.test_training import AUTOENCODER, arguments, column, unet, w
 ROOT = Path(ldm.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 STAGES = ("autoencoder", "adversarial", "diffusion")
+QUIET = ("samples.every=0", "optimizer.decay=constant", "validation.every=1000", "checkpoint.every=3")
 DEADLINE = 120  # seconds for a process to get to a state; they take about 15 on two idle cores
 
 
@@ -37,14 +38,19 @@ def command(shapes: Path, parts: tuple[Path, Path]) -> Callable[..., list[str]]:
     """The settings of a tiny training of a stage."""
 
     def build(stage: str, output: Path, steps: int, *more: str) -> list[str]:
-        own = unet(*parts) if stage == "diffusion" else AUTOENCODER
+        if stage == "diffusion":
+            return settings_of(shapes, parts, output, steps, *more)
+        own = (*AUTOENCODER, *QUIET)
         if stage == "adversarial":
             own = (*own, "adversarial=patch", "adversarial.widths=[32,32]", "adversarial.start=2")
-        name = "diffusion" if stage == "diffusion" else "autoencoder"
-        quiet = ("samples.every=0", "optimizer.decay=constant", "validation.every=1000", "checkpoint.every=3")
-        return arguments(shapes, output, name, steps, *own, *quiet, *more)
+        return arguments(shapes, output, "autoencoder", steps, *own, *more)
 
     return build
+
+
+def settings_of(shapes: Path, parts: tuple[Path, Path], output: Path, steps: int, *more: str) -> list[str]:
+    """The settings of a tiny training of stage two."""
+    return arguments(shapes, output, "diffusion", steps, *unet(*parts), *QUIET, *more)
 
 
 def start(faults: dict[str, Any], settings: list[str], folder: Path, **environment: str) -> subprocess.Popen[bytes]:
