@@ -157,8 +157,9 @@ def test_a_disk_too_small_for_the_checkpoints_is_named_with_the_figure(
         assert "lower checkpoint.keep" in line
 
 
-def test_the_size_foretold_is_that_of_a_real_checkpoint(shapes: Path, tmp_path: Path) -> None:
-    settings = arguments(shapes, tmp_path / "run", "autoencoder", 2, *AUTOENCODER, "samples.every=0")
+@pytest.mark.parametrize("more", [[], ["ema.power=[0.05,0.1]"]], ids=["one average", "three averages"])
+def test_the_size_foretold_is_that_of_a_real_checkpoint(healthy: list[str], tmp_path: Path, more: list[str]) -> None:
+    settings = [*healthy, "trainer.max_steps=2", "samples.every=0", "unet.widths=[64,128]", *more]
     need = checkpoint_bytes(build(compose(settings)[0])[0])
     assert door(train, settings) == 0
     files = checkpoint.newest(tmp_path / "run").iterdir()

@@ -138,10 +138,13 @@ def num_devices(trainer: dict[str, Any]) -> int:
 
 
 def checkpoint_bytes(module: Module) -> int:
-    """Of a checkpoint: trained weights twice (raw and EMA) and Adam's two moments in float32, the frozen parts once."""
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    frozen = 0
+    """Of a checkpoint: the network in float32 raw, averaged and an ``ema.power``; the moments; what is frozen."""
+    trained, frozen = sum(p.numel() for p in module.parameters() if p.requires_grad), 0
+    network: torch.nn.Module
     if isinstance(module, DiffusionTraining):
-        parts = (module.model.autoencoder, module.model.text_encoder)
+        network, parts = module.model.unet, (module.model.autoencoder, module.model.text_encoder)
         frozen = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    return 16 * trained + frozen
+    else:
+        network = module.autoencoder
+    whole = sum(p.numel() for p in network.parameters())
+    return 4 * (2 + len(module.ema.power)) * whole + 8 * trained + frozen
