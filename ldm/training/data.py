@@ -65,8 +65,10 @@ class DataModule(pl.LightningDataModule):
         """
         self.seed = seed
         size = (self.height, self.width)
-        how = (self.flip, self.random_crop, self.on_bad, self.window)
-        train = TrainingSet(self.train, seed, *size, *how, self.buckets, self.batch_size)
+        train = TrainingSet(
+            self.train, seed, *size, self.flip, self.random_crop, self.on_bad,
+            window=self.window, buckets=self.buckets, batch_size=self.batch_size,
+        )  # fmt: skip
         fixed = FixedSet(self._held_out(limit), *size, self.on_bad)
         self.train_set, self.validation_set = train, fixed
         if encoders is not None:
