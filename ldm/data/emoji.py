@@ -28,17 +28,19 @@ def splits() -> dict[str, dict[str, list[str]]]:
 
 
 def emoji_dataset(
-    name: str = "emoji200", split: str = "train", favour: str | None = None, times: int = 1
+    name: str = "emoji200",
+    split: str = "train",
+    favour: str | None = None,  # another set, for a training that is to draw that one best
+    times: int = 1,  # that its training pictures are there; what it holds out is left out
+    concepts: str | None = None,  # another set: what it trains on is kept, in the styles of this one
 ) -> ShardDataset:
-    """The samples of a data set and split; with ``favour`` for a training that is to draw that other set best.
-
-    What ``favour`` holds out is then left out, and what it trains on is there ``times`` times.
+    """The samples of a data set and split.
 
     Raises:
         ValueError: for a name or split that is not there, and for ``times`` below 1.
     """
     sets = splits()
-    for each in (name, favour or name):
+    for each in (name, favour or name, concepts or name):
         if each not in sets:
             raise ValueError(f"emoji data set {each!r} is unknown; choose one of {', '.join(sets)}")
     if split not in sets[name]:
@@ -46,7 +48,9 @@ def emoji_dataset(
     if times < 1:
         raise ValueError(f"times={times} must be at least 1; 1 favours no picture")
     pattern = "openmoji*.tar" if name == "openmoji" else "[!o]*.tar"
-    samples = ShardDataset(sorted(FOLDER.glob(pattern)), keys=sets[name][split])
+    known = {key.rsplit("-", 1)[0] for key in sets[concepts or name]["train" if concepts else split]}
+    keys = [key for key in sets[name][split] if key.rsplit("-", 1)[0] in known]  # CODEPOINTS-STYLE
+    samples = ShardDataset(sorted(FOLDER.glob(pattern)), keys=keys)
     if favour is None:
         return samples
     often, never = set(sets[favour].pop("train")), {key for keys in sets[favour].values() for key in keys}

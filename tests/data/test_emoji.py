@@ -151,3 +151,14 @@ def test_favouring_a_set_repeats_what_it_trains_on_and_leaves_out_all_that_is_he
         emoji_dataset("emoji", "train", "emoji200", 0)
     with pytest.raises(ValueError, match="'emoji9' is unknown"):
         emoji_dataset("emoji", "train", "emoji9")
+
+
+def test_concepts_of_another_set_are_kept_in_the_styles_of_this_one() -> None:
+    known = {sample.meta["concept"] for sample in emoji_dataset("emoji48")}
+    kept = list(emoji_dataset("openmoji", concepts="emoji48"))
+    assert {sample.meta["style"] for sample in kept} == {"openmoji"}
+    assert {sample.meta["concept"] for sample in kept} < known
+    left = [sample for split in ("heldout_pairs", "heldout_concepts") for sample in emoji_dataset("openmoji", split)]
+    assert len(kept) + sum(sample.meta["concept"] in known for sample in left) == len(known) == 48
+    with pytest.raises(ValueError, match="'emoji9' is unknown"):
+        emoji_dataset("openmoji", concepts="emoji9")
