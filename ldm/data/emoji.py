@@ -31,7 +31,7 @@ def emoji_dataset(
     name: str = "emoji200",
     split: str = "train",
     favour: str | None = None,  # another set, for a training that is to draw that one best
-    times: int = 1,  # that its training pictures are there; what it holds out is left out
+    times: int = 1,  # how often it trains on them; what it holds out is left out
     concepts: str | None = None,  # another set: what it trains on is kept, in the styles of this one
 ) -> ShardDataset:
     """The samples of a data set and split.
@@ -48,8 +48,10 @@ def emoji_dataset(
     if times < 1:
         raise ValueError(f"times={times} must be at least 1; 1 favours no picture")
     pattern = "openmoji*.tar" if name == "openmoji" else "[!o]*.tar"
-    known = {key.rsplit("-", 1)[0] for key in sets[concepts or name]["train" if concepts else split]}
-    keys = [key for key in sets[name][split] if key.rsplit("-", 1)[0] in known]  # CODEPOINTS-STYLE
+    keys = sets[name][split]  # CODEPOINTS-STYLE
+    if concepts is not None:
+        known = {key.rsplit("-", 1)[0] for key in sets[concepts]["train"]}
+        keys = [key for key in keys if key.rsplit("-", 1)[0] in known]
     samples = ShardDataset(sorted(FOLDER.glob(pattern)), keys=keys)
     if favour is None:
         return samples

@@ -14,7 +14,7 @@ from ldm.unet.layers import NUM_GROUPS
 # them in float32, or a block of queries at a time in bfloat16, where the products are twice as fast.
 PLAIN_LIMIT = 512 * 512
 BLOCK = 2**19
-TOGETHER = 2**20  # weights of all heads of some images: a batch goes through in parts of so many, a fifth faster
+TOGETHER = 2**20  # weights of all heads of some images: a batch goes through in parts of so many, which stay cached
 # See _fused: it brings keys and values into oneDNN's blocks first, which pays from LONG of them on.
 LONG, FUSED_BLOCK, SHIFT = 2048, 2**21, 77.0
 
