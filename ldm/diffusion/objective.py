@@ -46,7 +46,7 @@ class Objective:
 
     def draw(self, seed: int, positions: Tensor, z: Tensor, num_steps: int) -> Draw:
         """Times in [0, num_steps) and noise for the samples at some positions, whose latents are z (n, c, h, w)."""
-        t = torch.tensor([self.time(seed, int(p), num_steps) for p in positions], device=z.device)
+        t = torch.tensor([self.time(seed, p, num_steps) for p in positions.tolist()], device=z.device)
         eps = randomness.normals(seed, "noise", positions, z)
         if self.immiscible is not None:
             others = [randomness.normals(seed, f"noise {k}", positions, z) for k in range(1, self.immiscible)]

@@ -96,7 +96,7 @@ class DiffusionTraining(pl.LightningModule):
 
     def drop_captions(self, context: Tensor, positions: Tensor) -> Tensor:
         """Replace the context of a share of the samples by the null context: what guidance needs (2207.12598)."""
-        rows = [randomness.uniform(self.seed, "caption dropout", int(p))[0] for p in positions]
+        rows = [randomness.uniform(self.seed, "caption dropout", p)[0] for p in positions.tolist()]
         drop = torch.as_tensor(np.array(rows) < self.caption_dropout, device=context.device)
         self.log("train/dropped_captions", drop.float().mean())
         return torch.where(drop[:, None, None], self.model.null_context.to(context), context)
@@ -116,7 +116,7 @@ class DiffusionTraining(pl.LightningModule):
         steps = self.model.schedule.num_steps
         for k in range(VALIDATION_BINS):
             low, high = k * steps // VALIDATION_BINS, (k + 1) * steps // VALIDATION_BINS
-            t = [low + randomness.integer(0, f"validation {k}", int(p), high - low) for p in positions]
+            t = [low + randomness.integer(0, f"validation {k}", p, high - low) for p in positions.tolist()]
             eps = randomness.normals(0, f"validation noise {k}", positions, z)
             times = torch.tensor(t, device=z.device)
             for name, unet in (("", self.unet), ("_ema", self.ema.average)):
