@@ -125,6 +125,8 @@ def test_no_prompt_and_an_empty_prompt_file_are_refused(tmp_path: Path, capsys: 
         (["autoencoder.weights=nowhere"], "no model at nowhere"),
         (["init=nowhere", "cache=false"], "no model at nowhere"),
         (["data=shards", "data.train.paths=nowhere", "data.validation.paths=nowhere"], "no shard at"),
+        (["init=emoji", "cache=false"], "init=emoji has another unet: widths [128, 192, 224], here [64, 128, 256]"),
+        (["experiment=emoji/autoencoder", "init=emoji"], "give its size, which is autoencoder=emoji"),
         (["data=shards"], "data.train.paths"),
         (["optimizer._target_=os.system"], "is refused"),
         (["checkpoint.every=0"], "at least 1"),

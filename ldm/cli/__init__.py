@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,7 +64,8 @@ def help_of(command: str) -> str:
     if command == "train":
         root = configs() / "experiment"
         names = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-        return text.format(experiments=" ".join(names))
+        lines = textwrap.wrap(" ".join(names), 104, break_on_hyphens=False)
+        return text.format(experiments=f"\n{'':14}".join(lines))
     if command == "sample":
         from ldm.diffusion import GRIDS, SAMPLERS
         from ldm.loading import BUNDLED

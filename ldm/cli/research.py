@@ -15,7 +15,7 @@ from ldm.cli.settings import parse, stamp, value_of
 def evaluate(arguments: list[str]) -> None:
     """``ldm evaluate``."""
     defaults = {
-        "model": "emoji", "data": "emoji48", "against": None, "sweep": None, "values": None, "samplers": None,
+        "model": "emoji", "data": "emoji200", "against": None, "sweep": None, "values": None, "samplers": None,
         "split": None, "seeds": 3, "limit": None, "steps": 50, "guidance_scale": None, "sampler": "ddim",
         "batch_size": 16, "devices": 1, "output": None,
     }  # fmt: skip

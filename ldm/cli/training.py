@@ -250,6 +250,15 @@ def _encoders(cfg: Any) -> tuple[Any, Any]:
     return load_autoencoder(cfg.autoencoder.weights).to(device), load_text_encoder(cfg.text.weights).to(device)
 
 
+def _start(network: Any, other: Any, name: str, init: str) -> None:
+    """Take over another network's weights; ValueError if the two are not of one size."""
+    own, its = ({k: v for k, v in each.arguments.items() if k != "dropout"} for each in (network, other))
+    if different := [f"{k} {v}, here {own[k]}" for k, v in its.items() if own[k] != v]:
+        size = f"give its size, which is {name}=emoji for the bundled one"
+        raise ValueError(f"init={init} has another {name}: {'; '.join(different)}; {size}")
+    network.load_state_dict(other.state_dict())
+
+
 def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     """The module, the data and what else a training takes, from its config."""
     import torch
@@ -293,7 +302,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             if decoder_only and cfg.init is None:
                 raise ValueError("decoder_only=true keeps the encoder of init=MODEL: give one")
             if cfg.init is not None:
-                autoencoder.load_state_dict(load_autoencoder(cfg.init).state_dict())
+                _start(autoencoder, load_autoencoder(cfg.init), "autoencoder", cfg.init)
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
             perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
             terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual, decoder_only)
@@ -309,7 +318,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             if cfg.init is not None:
                 from ldm.loading import load
 
-                unet.load_state_dict(load(cfg.init, device="cpu").unet.float().state_dict())
+                _start(unet, load(cfg.init, device="cpu").unet.float(), "unet", cfg.init)
             rank, power = cfg.get("lora", {}).get("rank"), list(cfg.get("ema", {}).get("power", []))
             if rank is not None:
                 if cfg.init is None or power:

@@ -32,7 +32,7 @@ USUAL: Mapping[str, Sequence[float]] = {
 
 def score(
     source: str | Path,  # as for ldm.load; a run of stage one is scored for its autoencoder alone
-    data: str = "emoji48",  # emoji48, emoji200 or emoji
+    data: str = "emoji200",  # emoji48, emoji200 or emoji
     limit: int | None = None,  # so many images of each split
     drawing: Drawing | None = None,
     against: Path | None = None,  # folder of an earlier evaluation, to compare with
@@ -55,7 +55,7 @@ def score(
                 report.parts.append(_compared(f"{split}: this evaluation less that in {against}", own, earlier[split]))
         for split in SPLITS:
             report.parts += _loss_parts(split, measure(model, samples[split]), report, model.name)
-        autoencoder, weights = model.autoencoder, model.name
+        autoencoder, weights = model.autoencoder.float(), model.name  # on a GPU it may be in half precision
     else:
         autoencoder, weights = loading.load_autoencoder(source), loading.read(source, only=("autoencoder",))[1]
     rows = []
@@ -72,7 +72,7 @@ def score(
 
 
 def compare_losses(
-    source: str | Path, against: str | Path, data: str = "emoji48", limit: int | None = None, command: str = ""
+    source: str | Path, against: str | Path, data: str = "emoji200", limit: int | None = None, command: str = ""
 ) -> Report:
     """Loss of one model less that of another on the same (x, t, ε), and what the pairing brings.
 
@@ -102,7 +102,7 @@ def sweep(
     axis: str,  # guidance, steps, or ema: σ_rel of a run with ema.power
     values: Sequence[float] | None = None,  # of it; None takes the usual ones
     samplers: Sequence[str] = ("ddim",),  # a line each
-    data: str = "emoji48",
+    data: str = "emoji200",
     split: str = "train",
     limit: int | None = None,
     drawing: Drawing | None = None,

@@ -104,7 +104,7 @@ def probe(stage: str, precision: str, layout: Layout, device: torch.device) -> D
 
     with torch.device("meta"):
         work, saved = footprint(make(), 128, 128)
-    base, times = _peak(device), []
+    times, peaks = [], []
     network = make().to(device, memory_format=torch.channels_last if layout.channels_last else None)  # type: ignore[call-overload]
     adam, ema = torch.optim.AdamW(network.parameters(), fused=True), EMA(network)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
@@ -123,11 +123,14 @@ def probe(stage: str, precision: str, layout: Layout, device: torch.device) -> D
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         times.append(statistics.median(seconds[2:]))
+        peaks.append(_peak(device))
     count = sum(p.numel() for p in network.parameters())
     each = (times[1] - times[0]) / (BATCHES[1] - BATCHES[0])
-    kept = (_peak(device) - base - sum(STATE.values()) * count) / (BATCHES[1] * saved)
+    # By the difference: what does not grow with the batch, as half-precision copies of weights, is of the program.
+    kept = max((peaks[1] - peaks[0]) / ((BATCHES[1] - BATCHES[0]) * saved), 0.1)
+    base = max(peaks[0] - sum(STATE.values()) * count - kept * BATCHES[0] * saved, 0.0)
     left = max(0.0, times[0] - BATCHES[0] * each) / count
-    return Device("by a probe of 20 steps here", work / each, left, max(kept, 0.1), base)
+    return Device("by a probe of 20 steps here", work / each, left, kept, base)
 
 
 def _peak(device: torch.device) -> float:

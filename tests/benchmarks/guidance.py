@@ -22,7 +22,7 @@ from ldm.pipeline import LatentDiffusion
 from tests.benchmarks.common import DOCS, machine, write
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
-SEEDS = 2
+SEEDS, LIMIT = 1, 40  # pictures a pair, pairs a split
 FAST: dict[str, Any] = {"sampler": "auto", "steps": 12}
 SHOWN = ("a red apple, noto style", "a cat, twemoji style", "a penguin, fluent flat style", "a rocket, fluent 3D style")
 
@@ -39,21 +39,21 @@ def diversity(model: LatentDiffusion, scorer: PairScorer, scale: float, prompts:
 def main() -> None:
     """Score every scale, and draw the same four prompts at each."""
     model = ldm.load("emoji", device="cpu")
-    judge = Judge("emoji48")
-    prompts = [captions(sample)[0] for sample in pairs_of("emoji48", "train", 16)]
+    judge = Judge("emoji200")
+    prompts = [captions(sample)[0] for sample in pairs_of("emoji200", "train", 16)]
     rows, pictures = [], []
     for scale in SCALES:
         cells: list[str] = []
         for split in ("heldout_pairs", "train"):
             drawing = Drawing(SEEDS, guidance_scale=scale, **FAST)
-            scores = evaluate_pairs(model, "emoji48", split, drawing=drawing, judge=judge).scores
+            scores = evaluate_pairs(model, "emoji200", split, LIMIT, drawing, judge).scores
             cells += [f"{figure.value:.3f}" for figure in scores.figures().values()]
         rows.append([f"{scale:g}", *cells, f"{diversity(model, judge.scorer, scale, prompts):.3f}"])
         sys.stdout.write(f"{rows[-1]}\n")
         sys.stdout.flush()
         pictures.append(model.sample(list(SHOWN), guidance_scale=scale, num_images=2, seed=0, **FAST).grid(columns=8))
     heads = ["s", *(f"{what}, {split}" for split in ("held out", "train") for what in ("R@1", "R@5", "style", "pair"))]
-    said = f"{SEEDS} seeds a pair, 12 steps of sampler=auto; diversity over 16 training prompts. {machine()}"
+    said = f"{LIMIT} pairs of emoji200 a split, 12 steps of sampler=auto; diversity over 16 of them. {machine()}"
     write("sampling.md", "table", [said, "", table([*heads, "diversity"], rows)])
     sheet = Image.new("RGB", (pictures[0].width, sum(p.height + 4 for p in pictures)), "white")
     for i, picture in enumerate(pictures):

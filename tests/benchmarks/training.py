@@ -231,8 +231,8 @@ def main(arguments: list[str]) -> None:
         rows.append([name, f"{batch / seconds:.1f}", f"{first / seconds:.2f}", f"{best / seconds:.2f}",
                      f"{memory:.2f}", f"{share:.0%}"])  # fmt: skip
     where = (
-        f"{machine()}; matrix product of {8192 if GPU else 2048}²: float32 {peaks['float32'] / 1e9:.0f} GFLOP/s, bfloat16 "
-        f"{peaks['bfloat16'] / 1e9:.0f}. UNet of {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M, "
+        f"{machine()}; matrix product of {8192 if GPU else 2048}²: float32 {peaks['float32'] / 1e9:.0f} GFLOP/s, "
+        f"bfloat16 {peaks['bfloat16'] / 1e9:.0f}. UNet of {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M, "
         f"{work / 1e9:.2f} GFLOP an image forward and backward, 16×16 latents, batch {batch}. "
         f"Medians of {rounds} × {steps} steps, interleaved."
     )
