@@ -1,6 +1,6 @@
 """Does the style word change the style, and keep the concept? Over all pairs of styles, from the same noise.
 
-    python -m tests.benchmarks.styles                 # 60 concepts of emoji200 in four styles; 7 minutes on two cores
+    python -m tests.benchmarks.styles                 # 40 concepts of emoji200 in four styles; 5 minutes on two cores
 
 Each concept is drawn in all four styles from the same noise. Of a change from style a to style b:
 *changes*, the style probe calls the picture of b what was asked, and not what it calls that of a;
@@ -20,7 +20,7 @@ from ldm.evaluation.report import table
 from tests.benchmarks.common import machine, write
 
 
-def main(limit: int = 60) -> None:
+def main(limit: int = 40) -> None:
     """Measure, and write docs/model-card.md."""
     model, scorer = ldm.load("emoji"), PairScorer("emoji200")
     train = emoji_dataset("emoji200", "train")
@@ -46,7 +46,7 @@ def main(limit: int = 60) -> None:
     content = [where, "", table(["asked for", *(f"said {b}" for b in STYLES), "concept R@1"], matrix), "",
                table(["from", "to", "changes", "keeps"], rows)]  # fmt: skip
     sys.stdout.write("\n".join(content) + "\n")
-    if limit == 60:
+    if limit == 40:
         write("model-card.md", "styles", content)
 
 
