@@ -64,8 +64,8 @@ def help_of(command: str) -> str:
     if command == "train":
         root = configs() / "experiment"
         names = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-        lines = textwrap.wrap(" ".join(names), 104, break_on_hyphens=False)
-        return text.format(experiments=f"\n{'':14}".join(lines))
+        rows = textwrap.wrap(" ".join(names), 104, break_on_hyphens=False)
+        return text.format(experiments=f"\n{'':14}".join(rows))
     if command == "sample":
         from ldm.diffusion import GRIDS, SAMPLERS
         from ldm.loading import BUNDLED
