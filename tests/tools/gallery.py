@@ -39,8 +39,10 @@ class Sheet:
         heights = [LABEL + images.shape[2] for _, images in self.rows]
         width = max(len(images) * images.shape[3] for _, images in self.rows)
         sheet = Image.new("RGB", (width, sum(heights)), "white")
-        draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(12), 0
+        draw, top = ImageDraw.Draw(sheet), 0
         for (label, images), height in zip(self.rows, heights, strict=True):
+            fonts = [ImageFont.load_default(size) for size in (12, 11, 10, 9, 8, 7)]
+            font = next((font for font in fonts if draw.textlength(label, font) < width - 8), fonts[-1])
             draw.text((4, top + 1), label, fill="black", font=font)
             pixels = ((images + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
             for i, picture in enumerate(pixels):
@@ -85,7 +87,7 @@ def main() -> None:
     out = model.sample(["a rocket, fluent 3D style"] * 8, latents=between)
     sheet.add("from one noise to another: a rocket, fluent 3D style", out.images)
     large = model.sample([f"a {thing}, twemoji style" for thing in THINGS[:5]], seed=0, height=192, width=192)
-    sheet.add("192×192, twemoji style", large.images)
+    sheet.add("192 x 192 pixels, twemoji style", large.images)
     sheet.write(OUT / "gallery.png")
 
 
