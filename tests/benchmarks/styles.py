@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
+
 import ldm
 from ldm.data import STYLES, emoji_dataset
 from ldm.evaluation.features import cat
@@ -41,7 +43,7 @@ def main(limit: int = 40) -> None:
                 changed = [float(y == b and x != b) for x, y in zip(said[a], said[b], strict=True)]
                 right = [i for i in range(len(whole)) if ranks[a][i] <= 1]
                 kept = mean("keeps", (ranks[b][right] <= 1).double().numpy(), [whole[i] for i in right])
-                rows.append([a, b, f"{mean('changes', changed, whole)}", f"{kept} of {len(right)}"])
+                rows.append([a, b, f"{mean('changes', np.array(changed), whole)}", f"{kept} of {len(right)}"])
     where = f"{machine()}. {len(whole)} training concepts of emoji200 in four styles, from the same noise."
     content = [where, "", table(["asked for", *(f"said {b}" for b in STYLES), "concept R@1"], matrix), "",
                table(["from", "to", "changes", "keeps"], rows)]  # fmt: skip
