@@ -97,7 +97,9 @@ def test_a_sweep_over_averages_scores_each_length(model: LatentDiffusion, judge4
     own = dict(model.unet.state_dict())
     averages.write(run / averages.FOLDER, averages.Profile(0.05, 4), own)
     averages.write(run / averages.FOLDER, averages.Profile(0.1, 4), {name: 1.5 * value for name, value in own.items()})
-    table, loss, quality, *_ = sweep(run, "ema", [0.05, 0.1], limit=3, drawing=Drawing(2, 2), judge=judge48).parts
+    table, loss, quality, *_ = sweep(
+        run, "ema", [0.05, 0.1], data="emoji48", limit=3, drawing=Drawing(2, 2), judge=judge48
+    ).parts
     short, long = (figure.value for _, figure, _ in loss.lines["ddim"])
     assert [x for x, _, _ in loss.lines["ddim"]] == [0.05, 0.1]
     assert short == pytest.approx(measure(model, pairs_of("emoji48", "train", 3)).error.mean(), rel=1e-2)  # in float16
