@@ -20,7 +20,7 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.shape = (list(conv.padding), list(conv.stride), list(conv.dilation), 1)
-        # The size is a hint: the blocks of a 3×3 convolution serve all sizes (those of 1×1 do not: see PackedLinear).
+        # The size is a hint: the blocks of a 3×3 convolution serve all sizes (of 1×1 not: PackedLinear; see pack).
         hint = [1, conv.in_channels, 32, 32]
         reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
         self.bias, self.packed = conv.bias, reorder(conv.weight.detach().to_mkldnn(), *self.shape, hint)
@@ -29,6 +29,14 @@ class PackedConv2d(nn.Module):
         """(n, c, h, w) → (n, o, h, w), channels-last."""
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.shape, "none", [], "")
+
+
+def pack(conv: nn.Conv2d) -> nn.Module:
+    """The convolution with prepacked weights, but for multiples of 48 channels: their blocks fit one size alone.
+
+    At 8×8, 192 channels would take 14 ms for 0.4 (torch 2.13).
+    """
+    return conv if conv.out_channels % 48 == 0 else PackedConv2d(conv)
 
 
 class PackedLinear(nn.Module):
@@ -73,7 +81,7 @@ class PackedUpsample(nn.Module):
         w = torch.einsum("iay,jbx,ocyx->ijocab", taps, taps, layer.conv.weight.detach().float()).flatten(0, 2)
         four = nn.Conv2d(w.shape[1], len(w), 2, padding=1)
         four.weight.data, four.bias.data = w.to(layer.conv.weight), layer.conv.bias.detach().repeat(4)  # type: ignore[union-attr]
-        self.conv, self.plain = PackedConv2d(four), PackedConv2d(layer.conv)
+        self.conv, self.plain = pack(four), pack(layer.conv)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(n, c, h, w) → (n, o, *size), (2 h, 2 w) if none is given; an odd size takes the plain way."""
@@ -99,7 +107,7 @@ def prepack(module: Any) -> Any:
             setattr(module, name, PackedLinear(child))
         elif isinstance(child, nn.Conv2d) and child.groups == 1 and child.padding_mode == "zeros":
             pointwise = (child.kernel_size, child.stride, child.padding) == ((1, 1), (1, 1), (0, 0))
-            setattr(module, name, PackedLinear(child) if pointwise else PackedConv2d(child))
+            setattr(module, name, PackedLinear(child) if pointwise else pack(child))
         else:
             prepack(child)
     return module

@@ -26,13 +26,18 @@ def test_a_packed_convolution_is_the_convolution(
 ) -> None:
     torch.manual_seed(0)
     size = tuple(max(side, kernel) for side in size)  # type: ignore[assignment]
-    model = nn.Sequential(nn.Conv2d(32, 48, kernel, stride, padding, bias=bias)).bfloat16()
+    model = nn.Sequential(nn.Conv2d(32, 64, kernel, stride, padding, bias=bias)).bfloat16()
     x = torch.randn(2, 32, *size).bfloat16()
     expected = model(x)
     packed = prepack(model)
     assert isinstance(packed[0], PackedLinear if kernel == 1 else PackedConv2d)
     # The products are the same; the order of the sums may be another: one rounding of bfloat16's 8 bits.
     torch.testing.assert_close(packed(x), expected, rtol=2**-7, atol=2**-9)
+
+
+def test_multiples_of_48_channels_whose_blocks_fit_one_size_alone_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 192, 3), nn.Conv2d(192, 224, 3)).bfloat16()
+    assert [type(layer) for layer in prepack(model)] == [nn.Conv2d, PackedConv2d]
 
 
 @torch.no_grad()
