@@ -232,7 +232,7 @@ def test_the_package_does_not_grow() -> None:
     assert lines_of(MODULES) < PACKAGE_LINES_TODAY
 
 
-@pytest.mark.xfail(strict=True, reason="missed: 11,015 lines; becomes an error as soon as it is met")
+@pytest.mark.xfail(strict=True, reason="missed: 11,049 lines; becomes an error as soon as it is met")
 def test_the_package_is_small() -> None:
     assert lines_of(MODULES) < PACKAGE_LINES
 

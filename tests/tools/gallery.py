@@ -15,12 +15,12 @@ from torch import Tensor
 import ldm
 from ldm.data import STYLES, captions, emoji_dataset
 from ldm.data.emoji import splits
-from ldm.evaluation.features import EfficientNetLite0, cat, image_batches
+from ldm.evaluation.features import EfficientNetLite0, image_batches
 from ldm.evaluation.pairs import hash_order
 from ldm.pipeline import LatentDiffusion
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "images"
-SIDE, LABEL = 128, 16
+LABEL = 16
 THINGS = ("red apple", "sunflower", "penguin", "pizza", "sailboat", "rocket", "crown", "mushroom")
 
 
@@ -61,7 +61,7 @@ def main() -> None:
 
     def nearest(images: Tensor) -> Tensor:
         """The training image that is nearest by features, of each picture."""
-        own = torch.nn.functional.normalize(cat([network(images)]).pooled - centre, dim=1)
+        own = torch.nn.functional.normalize(network(images).pooled - centre, dim=1)
         return known[(own @ torch.nn.functional.normalize(features - centre, dim=1).T).argmax(1)]
 
     sheet = Sheet()
