@@ -21,6 +21,7 @@ class CalibratedLoss(nn.Module):
         self,
         beta: float = 0.18,  # weight of the KL divergence
         likelihood: Literal["gaussian", "laplace"] = "gaussian",  # laplace is the L1 error
+        log_scale: float = -1.0,  # log σ or log b to begin with, in units of pixels in [-1, 1]
     ) -> None:
         super().__init__()
         if not beta >= 0.0 or math.isinf(beta):
@@ -28,7 +29,7 @@ class CalibratedLoss(nn.Module):
         if likelihood not in ("gaussian", "laplace"):
             raise ValueError(f"likelihood={likelihood!r} is unknown; choose gaussian or laplace")
         self.beta, self.likelihood = beta, likelihood
-        self.log_scale = nn.Parameter(torch.tensor(-1.0))  # log σ or log b, in units of pixels in [-1, 1]
+        self.log_scale = nn.Parameter(torch.tensor(float(log_scale)))
 
     def forward(
         self,

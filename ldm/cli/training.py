@@ -289,7 +289,7 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
         rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
         raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
-    stage_one = ("adversarial", "perceptual", "decoder_only")
+    stage_one = ("adversarial", "perceptual", "decoder_only", "latent_noise")
     for key in ("lora.rank", "ema.power", "repa") if cfg.stage == "autoencoder" else stage_one:
         if OmegaConf.select(cfg, key):
             raise ValueError(f"{key} is not for stage={cfg.stage}; leave it out, or choose an experiment of the other")
@@ -299,13 +299,17 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         if cfg.stage == "autoencoder":
             autoencoder = instantiate(cfg.autoencoder, _convert_="all")
             decoder_only = cfg.get("decoder_only", False)
+            if (tau := cfg.get("latent_noise", 0.0)) and not (decoder_only and 0.0 < tau < 10.0):
+                raise ValueError(
+                    f"latent_noise={tau} is a number from 0 to 10, with decoder_only=true, which knows the scale"
+                )
             if decoder_only and cfg.init is None:
                 raise ValueError("decoder_only=true keeps the encoder of init=MODEL: give one")
             if cfg.init is not None:
                 _start(autoencoder, load_autoencoder(cfg.init), "autoencoder", cfg.init)
             adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
             perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
-            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual, decoder_only)
+            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual, decoder_only, tau)
             module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, *terms)
             encoders = None
         else:

@@ -37,9 +37,10 @@ class AutoencoderTraining(pl.LightningModule):
         adversarial: Adversarial | None = None,
         perceptual: Perceptual | None = None,
         decoder_only: bool = False,  # the latents stay what they are, so that a UNet trained on them still fits
+        latent_noise: float = 0.0,  # τ: the decoder sees z + |s| n, s ~ N(0, τ²), n ~ N(0, I) (RAE, 2510.11690, eq. 4)
     ) -> None:
         super().__init__()
-        self.decoder_only = decoder_only
+        self.decoder_only, self.latent_noise = decoder_only, latent_noise
         self.adversarial = adversarial
         self._perceptual = [perceptual]  # in a list, so that no checkpoint keeps the frozen network
         self._means: list[Tensor] = []  # of the posteriors of a validation
@@ -61,6 +62,10 @@ class AutoencoderTraining(pl.LightningModule):
         posterior = self.autoencoder.posterior(x)
         noise = randomness.normals(self.seed, "posterior", batch["position"], posterior.mean)
         m = posterior.mean + posterior.std * noise
+        if self.latent_noise:
+            seeded = partial(randomness.normals, self.seed, positions=batch["position"])
+            level = self.latent_noise * seeded("latent_noise_level", like=m[:, :1, :1, :1])
+            m = m + level * self.autoencoder.latent_std[:, None, None] * seeded("latent_noise", like=m)
         reconstruction = self.autoencoder.decode_raw(m)
         parts = self.loss(x, reconstruction, posterior)
         loss, error = parts.pop("loss"), parts["nll"]
