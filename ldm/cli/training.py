@@ -223,10 +223,6 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
         raise FileNotFoundError(f"resume={run}: no run there (it holds no config.yaml); give the folder of a training")
     cfg: Any = OmegaConf.load(run / "config.yaml")  # type: ignore[no-redef]
     cfg.output = str(run)  # it may have been moved
-    if "min_snr" in cfg:  # of an early version, whose stage two had no other setting of its loss
-        gamma = cfg.pop("min_snr")
-        if cfg.stage == "diffusion":
-            cfg.loss = {"_target_": "ldm.diffusion.Objective", "min_snr": gamma}
     cfg.checkpoint.setdefault("sharded", False)
     OmegaConf.set_struct(cfg, True)
     for key, value in given.items():

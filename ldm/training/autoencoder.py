@@ -37,7 +37,7 @@ class AutoencoderTraining(pl.LightningModule):
         adversarial: Adversarial | None = None,
         perceptual: Perceptual | None = None,
         decoder_only: bool = False,  # the latents stay what they are, so that a UNet trained on them still fits
-        latent_noise: float = 0.0,  # τ: the decoder sees z + |s| n, s ~ N(0, τ²), n ~ N(0, I) (RAE, 2510.11690, eq. 4)
+        latent_noise: float = 0.0,  # τ: the decoder sees z + |s| n, s ~ N(0, τ²), n ~ N(0, I) (RAE, 2510.11690)
     ) -> None:
         super().__init__()
         self.decoder_only, self.latent_noise = decoder_only, latent_noise
@@ -50,11 +50,6 @@ class AutoencoderTraining(pl.LightningModule):
             autoencoder.to_moments.requires_grad_(False)
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
         self.ema = EMA(autoencoder, ema_decay)
-
-    def on_fit_start(self) -> None:
-        """The frozen network goes where the autoencoder is."""
-        if self._perceptual[0] is not None:
-            self._perceptual[0].to(self.device)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         """Encode → draw the latents → decode → loss → log."""
@@ -70,7 +65,7 @@ class AutoencoderTraining(pl.LightningModule):
         parts = self.loss(x, reconstruction, posterior)
         loss, error = parts.pop("loss"), parts["nll"]
         if self._perceptual[0] is not None:
-            parts["perceptual"] = self._perceptual[0](x, reconstruction)
+            parts["perceptual"] = self._perceptual[0].to(self.device)(x, reconstruction)
             loss, error = loss + parts["perceptual"], error + parts["perceptual"]
         if self.adversarial is not None:
             last = self.autoencoder.decoder[-1].weight

@@ -4,7 +4,8 @@
     python -m tests.tools.make_bundle minilm ldm/assets/emoji
     python -m tests.tools.make_bundle RUN ldm/assets/emoji [GUIDANCE_SCALE]
 
-The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there.
+The EMA weights go in, in half precision. A stage-one run gives the autoencoder, beside the text tower that is there
+and, if it trained the decoder alone, the UNet.
 The guidance scale that the model recommends is chosen by looking, after the training.
 """
 
@@ -16,6 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import safetensors.torch
+import torch
+from torch import nn
 
 from ldm import checkpoint
 from ldm.loading import find
@@ -36,9 +39,23 @@ def minilm() -> TextEncoder:
     return encoder
 
 
+def same_latents(a: nn.Module, b: nn.Module | None) -> bool:
+    """Whether two autoencoders differ in their decoders alone, so that a UNet fits both."""
+    if b is None or a.state_dict().keys() != b.state_dict().keys():
+        return False
+    other = b.half().state_dict()
+    ours = ("encoder.", "to_moments.", "latent_")
+    return all(torch.equal(value, other[name]) for name, value in a.state_dict().items() if name.startswith(ours))
+
+
 def main(run: str, out: Path, guidance_scale: float | None = None) -> None:
     """Write the checkpoint folder ``out`` from the newest checkpoint of a run, or from MiniLM's package."""
     contents = checkpoint.Contents({"text_encoder": minilm()}) if run == "minilm" else checkpoint.load(find(run))
+    if set(contents.components) == {"autoencoder"} and (out / "manifest.json").is_file():
+        there, decoder = checkpoint.load(out), contents.components["autoencoder"].half()
+        if same_latents(decoder, there.components.get("autoencoder")):
+            contents = there
+            contents.components["autoencoder"] = decoder
     if "text_encoder" not in contents.components:
         contents.components |= checkpoint.load(out, only=("text_encoder",)).components
     for module in contents.components.values():

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from omegaconf import OmegaConf
 
 import ldm
 from ldm import checkpoint
@@ -67,21 +66,12 @@ def test_eps_is_short_for_epsilon() -> None:
         (["perceptual=features"], "perceptual is not for stage=diffusion"),
         (["adversarial=patch"], "adversarial is not for stage=diffusion"),
         (["decoder_only=true"], "decoder_only is not for stage=diffusion"),
+        (["latent_noise=0.2"], "latent_noise is not for stage=diffusion"),
     ],
 )
 def test_a_setting_of_the_other_stage_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
     assert door(train, [*arguments, f"output={tmp_path / 'run'}"]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_run_of_the_version_before_the_group_of_losses_goes_on_with_its_min_snr(tmp_path: Path) -> None:
-    cfg, _ = compose([*SMALL, f"output={tmp_path}"])
-    old: Any = OmegaConf.to_container(cfg)
-    old |= {"min_snr": 5.0, "loss": {"_target_": "ldm.autoencoder.CalibratedLoss", "beta": 0.18}}
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(old))
-    again, _ = compose([f"resume={tmp_path}"])
-    module, _, _ = build(again)
-    assert module.objective == Objective(min_snr=5.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- flow

@@ -20,6 +20,7 @@ import ldm
 from ldm import checkpoint
 from ldm.cli import door, train
 from ldm.cli.training import build, compose
+from ldm.data import FixedSet, ShardDataset
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
 from tests.conftest import tiny_text
@@ -127,8 +128,6 @@ def test_the_autoencoder_learns(stage_one: Path) -> None:
 
 
 def test_its_latents_have_zero_mean_and_unit_variance_over_the_data(stage_one: Path, shapes: Path) -> None:
-    from ldm.data import FixedSet, ShardDataset
-
     autoencoder, items = ldm.load_autoencoder(stage_one), FixedSet(ShardDataset(shapes), 32, 32)
     x = torch.stack([items[i]["image"] for i in range(len(items))])
     with torch.no_grad():
@@ -155,6 +154,27 @@ def test_decoder_only_keeps_the_latents_to_the_bit_and_trains_the_rest(
     capsys.readouterr()
     assert door(train, arguments(shapes, tmp_path / "other", "autoencoder", 3, *AUTOENCODER, "decoder_only=true")) == 2
     assert "decoder_only=true keeps the encoder of init=MODEL: give one" in capsys.readouterr().err
+
+
+def test_a_decoder_learns_from_noisy_latents_to_bear_them(
+    stage_one: Path, shapes: Path, tmp_path: Path, capsys: Any
+) -> None:
+    more = (f"init={stage_one}", *AUTOENCODER, "decoder_only=true", "loss.log_scale=-2")
+    x = torch.stack([FixedSet(ShardDataset(shapes), 32, 32)[i]["image"] for i in range(16)])
+    noise, errors = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(0)), {}
+    for tau in (0.0, 1.0):
+        run = tmp_path / str(tau)
+        assert door(train, arguments(shapes, run, "autoencoder", 40, *more, f"latent_noise={tau}")) == 0
+        model = ldm.load_autoencoder(run)
+        with torch.no_grad():
+            z = model.encode(x)
+            errors[tau] = [(model.decode(z + s * noise) - x).abs().mean().item() for s in (0.0, 1.0)]
+    assert errors[1.0][1] < errors[0.0][1]
+    assert errors[0.0][0] < errors[0.0][1]
+    capsys.readouterr()
+    for bad in (("latent_noise=-1", *more), ("latent_noise=0.2", *AUTOENCODER)):
+        assert door(train, arguments(shapes, tmp_path / "bad", "autoencoder", 3, *bad)) == 2
+        assert "is a number from 0 to 10, with decoder_only=true" in capsys.readouterr().err
 
 
 def test_the_unet_learns_by_the_curve_on_fixed_noise(stage_two: Path) -> None:
