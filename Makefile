@@ -34,8 +34,8 @@ test-slow: lint  ## lint, then all tests, the slow ones too; those marked gpu wh
 	$(PY) -m pytest -m "$$($(PY) -c 'import torch; print("slow or gpu or not slow" if torch.cuda.is_available() else "not gpu")')"
 
 train-emoji: $(STAMP)  ## train both stages on the emoji that come with it
-	$(PY) train.py experiment=emoji/autoencoder
-	$(PY) train.py experiment=emoji/diffusion
+	$(PY) train.py experiment=emoji/autoencoder output=runs/autoencoder
+	$(PY) train.py experiment=emoji/diffusion autoencoder.weights=runs/autoencoder output=runs/diffusion
 
 clean:  ## remove caches and builds; keeps .venv and outputs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -133,6 +133,11 @@ def test_no_prompt_and_an_empty_prompt_file_are_refused(tmp_path: Path, capsys: 
         (["ema_decay=1", "cache=false"], "0 <= decay < 1"),
         (["guard.active_units=2", "cache=false"], "active_units in [0, 1]"),
         (["stage=both"], "choose autoencoder or diffusion"),
+        (["trainer=gpu", "trainer.devices=99"], "trainer.devices=99 of accelerator gpu: torch sees"),
+        (["caption_dropout=some"], "caption_dropout=some must be a number"),
+        (["lora.rank=[2]"], "lora.rank=[2] must be a number"),
+        (["ema.power=0.05"], "ema.power=0.05 must be a list in brackets"),
+        (["lora.rank=2.5", "init=emoji", "unet=emoji", "cache=false"], "a whole rank of 1 or more"),
         (["trainer.accelerator=quantum", "cache=false"], "quantum"),
     ],
 )

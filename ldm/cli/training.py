@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ _SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerat
                       "trainer.timeout", "trainer.accumulate_grad_batches", "trainer.strategy", "trainer.channels_last",
                       "trainer.checkpointing", "trainer.compile", "data.num_workers", "checkpoint.", "validation.",
                       "samples.")  # fmt: skip
+_NUMBERS = ("seed", "repa", "latent_noise", "lora.rank", "caption_dropout", "ema_decay", "clip", "checkpoint.every",
+            "checkpoint.keep", "validation.every", "validation.images", "samples.every")  # fmt: skip
 STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
 
 
@@ -39,8 +41,9 @@ def train(arguments: list[str]) -> int:
     from ldm.experiments.doctor import quick
     from ldm.provenance import environment
     from ldm.training.run import fit
-    from ldm.training.speed import Layout, resolve_precision
+    from ldm.training.speed import Layout, num_devices, resolve_precision
 
+    num_devices(cfg.trainer, check=True)
     cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     module, data, options = build(cfg)
     found = list(quick(module, data, options["trainer"], options["intervals"], output))
@@ -58,7 +61,7 @@ def train(arguments: list[str]) -> int:
         sys.stdout.write(
             f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
             f"{cfg.trainer.max_steps} steps of {cfg.data.batch_size} on {cfg.trainer.accelerator} in "
-            f"{cfg.trainer.precision}, {Layout.of(options['trainer'])}\n"
+            f"{cfg.trainer.precision}, {Layout.of(options['trainer'], cfg.stage == 'diffusion')}\n"
             f"results in {output}: checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C saves and stops.\n"
         )
         sys.stdout.flush()
@@ -109,8 +112,7 @@ def plan(arguments: list[str]) -> None:
     from omegaconf import OmegaConf
 
     from ldm.experiments import plan as planning
-    from ldm.experiments.doctor import num_devices
-    from ldm.training.speed import Layout, on_gpu, resolve_precision
+    from ldm.training.speed import Layout, num_devices, on_gpu, resolve_precision
 
     own = {"on": "here", "price": "0", **dict(a.split("=", 1) for a in arguments if a.startswith(("price=", "on=")))}
     cfg, _ = compose([argument for argument in arguments if not argument.startswith(("price=", "on="))])
@@ -119,8 +121,9 @@ def plan(arguments: list[str]) -> None:
     if not isinstance(price, int | float) or not price >= 0:
         raise ValueError(f"price={price} must be a number, at least 0: of a device an hour")
     trainer: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    num_devices(trainer, check=here)
     trainer["precision"] = resolve_precision(trainer["precision"], trainer["accelerator"]) if here else "bf16-mixed"
-    layout, frozen, encode = Layout.of(trainer), 0, 0.0
+    layout, frozen, encode = Layout.of(trainer, cfg.stage == "diffusion"), 0, 0.0
     with torch.device("meta"):
         network = instantiate({k: cfg.autoencoder[k] for k in cfg.autoencoder if k != "weights"}, _convert_="all")
         if cfg.stage == "diffusion":
@@ -178,7 +181,7 @@ def precompute(arguments: list[str]) -> None:
         check_targets(OmegaConf.to_container(cfg, resolve=resolve), resolved=resolve)
 
     from ldm.batch import ranks
-    from ldm.experiments.doctor import num_devices
+    from ldm.training.speed import num_devices
 
     rank, world = ranks()
     data, folder = instantiate(cfg.data, _convert_="all"), Path(cfg.output)
@@ -271,6 +274,12 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     from ldm.training.run import Intervals, check_wandb
 
     check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
+    for key in _NUMBERS:
+        if isinstance(value := OmegaConf.select(cfg, key), bool | str | Sequence | Mapping):
+            raise ValueError(f"{key}={value} must be a number")
+    for key in ("ema.power", "lora.targets"):
+        if OmegaConf.select(cfg, key) is not None and not OmegaConf.is_list(OmegaConf.select(cfg, key)):
+            raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be a list in brackets")
     if cfg.stage not in ("autoencoder", "diffusion"):
         raise ValueError(f"stage={cfg.stage} is unknown; choose autoencoder or diffusion")
     check_wandb(OmegaConf.to_container(cfg.logger, resolve=True))

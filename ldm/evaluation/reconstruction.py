@@ -26,12 +26,13 @@ def evaluate_autoencoder(
     samples: Sequence[Sample],
     batch_size: int = 16,
     network: EfficientNetLite0 | None = None,  # for set distances to the originals, rFD-EffNet and its kin; None: none
-) -> tuple[dict[str, Figure], Tensor, float]:
+) -> tuple[dict[str, Figure], Tensor, float, Tensor]:
     """Reconstruct images from the mode of the posterior, and from one sample of it.
 
     Returns:
-        COLUMNS, each the mean over images, and set distances; the standard deviation of the scaled z, a channel; and
-        the share of active units, whose posterior mean varies over the data (Burda et al., 1509.00519, §5.3).
+        COLUMNS, each the mean over images, and set distances; the standard deviation of the scaled z, a channel;
+        the share of active units, whose posterior mean varies over the data (Burda et al., 1509.00519, §5.3); and
+        COLUMNS of each image, (n, 4).
 
     Raises:
         ValueError: NaN or infinity in latents or images.
@@ -41,13 +42,14 @@ def evaluate_autoencoder(
     metrics = [ImageMetric(lambda columns: columns, means(COLUMNS), over_ranks=False)]
     if network is not None and len(samples) > NEIGHBOURS:
         metrics.append(ImageMetric(lambda images: network(images).pooled, set_distances, over_ranks=False))
-    latents, centres = [], []
+    latents, centres, rows = [], [], []
     for part, images in image_batches(samples, batch_size):
         x, keys = images.to(device), [s.key for s in part]
         posterior, z = autoencoder.posterior(x), autoencoder.encode(x)
         decoded, sampled = autoencoder.decode(z), autoencoder.decode(autoencoder.encode(x, generator))
         columns = (psnr(decoded, x), psnr(sampled, x), ssim(decoded, x), posterior.kl() / posterior.mean[0].numel())
-        metrics[0].update(torch.stack(columns, 1), groups=keys)
+        rows.append(torch.stack(columns, 1).cpu())
+        metrics[0].update(rows[-1], groups=keys)
         for metric in metrics[1:]:
             metric.update(images, groups=None)
             metric.update(decoded.float(), groups=keys)
@@ -60,7 +62,7 @@ def evaluate_autoencoder(
     for metric in metrics[1:]:
         found |= {f"r{name}": figure._replace(name=f"r{name}") for name, figure in figures(metric).items()}
     active = (centre.var(0, correction=0) > ACTIVE).double().mean().item()
-    return found, z.std((0, 2, 3)), active
+    return found, z.std((0, 2, 3)), active, torch.cat(rows)
 
 
 def psnr(decoded: Tensor, x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def score(
     network = None if judge is None else judge.scorer.network
     for split in [split for split in samples if split.startswith("heldout")]:
         by_key = sorted(samples[split], key=lambda sample: sample.key)
-        found, std, active = evaluate_autoencoder(autoencoder, by_key, drawing.batch_size, network)
+        found, std, active, _ = evaluate_autoencoder(autoencoder, by_key, drawing.batch_size, network)
         report.result[f"autoencoder, {split}"] = {"figures": found, "std of z": std.tolist(), "active units": active,
                                                   "fingerprint": _fingerprint(by_key, weights)}  # fmt: skip
         named = {**found, "active units": active, "std of z": ", ".join(f"{value:.2f}" for value in std)}

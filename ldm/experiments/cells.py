@@ -23,6 +23,7 @@ from ldm.data import Sample, captions
 from ldm.evaluation import Drawing, Figure, Judge, evaluate_autoencoder, evaluate_pairs, over_seeds
 from ldm.evaluation.features import image_batches
 from ldm.evaluation.loss import measure
+from ldm.evaluation.reconstruction import COLUMNS
 from ldm.evaluation.report import Curve, Part, Pictures, Report, Table
 from ldm.provenance import open_png, write_png
 from ldm.samples import Samples
@@ -90,14 +91,18 @@ def score_run(folder: Path, scoring: Scoring) -> dict[str, Any]:
 def _score_autoencoder(folder: Path, scoring: Scoring) -> dict[str, Any]:
     autoencoder = loading.load_autoencoder(folder)
     network = None if scoring.data is None else _judge(scoring.data).scorer.network
-    figures, _, active = evaluate_autoencoder(autoencoder, scoring.samples, network=network)
+    figures, _, active, columns = evaluate_autoencoder(autoencoder, scoring.samples, network=network)
     (part, images), *_ = image_batches(scoring.samples[:SIDE_BY_SIDE], SIDE_BY_SIDE)
     with torch.inference_mode():
-        x = autoencoder.decode(autoencoder.encode(images))
+        z = [autoencoder.encode(images), autoencoder.encode(images, torch.Generator().manual_seed(0))]
+        x = autoencoder.decode(torch.cat(z))
     none = torch.zeros(len(x), dtype=torch.bool)
-    pictures = zip(Samples(x, x, [], [], none, none).pil(), ({"key": sample.key} for sample in part), strict=True)
+    about = [{"key": sample.key, "from": which} for which in ("mode", "sample") for sample in part]
+    pictures = zip(Samples(x, x, [], [], none, none).pil(), about, strict=True)
     values = {name: figure.value for name, figure in figures.items()} | {"active units": active}
-    return {"values": values, "rows": {}, "times": {}, "pictures": _keep(folder, pictures)}
+    concepts = [sample.meta.get("concept", sample.key) for sample in scoring.samples]
+    rows = {name: [columns[:, i].tolist(), concepts] for i, name in enumerate(COLUMNS)}
+    return {"values": values, "rows": rows, "times": {}, "pictures": _keep(folder, pictures)}
 
 
 def _keep(folder: Path, pictures: Iterable[tuple[Image.Image, Mapping[str, Any]]]) -> int:

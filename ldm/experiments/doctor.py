@@ -17,6 +17,7 @@ from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.data import DataModule
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.run import Intervals
+from ldm.training.speed import num_devices
 
 Module = AutoencoderTraining | DiffusionTraining
 IMAGES = 64  # from which the scale of the latents is measured
@@ -72,7 +73,7 @@ def _diffusion(module: DiffusionTraining) -> Iterator[Finding]:
     alpha = float(module.model.schedule.alpha_bar[-1]) ** 0.5
     if alpha > TERMINAL:
         why = f"keeps {alpha:.3f} of the image (√ᾱ): sampling begins from pure noise, which training never shows"
-        remedy = "use diffusion=linear, or schedule.zero_terminal=true with diffusion.prediction=v"
+        remedy = "use diffusion=linear, or diffusion.schedule.zero_terminal=true with diffusion.prediction=v"
         yield Finding("warning", f"the last timestep {why}; {remedy}")
 
 
@@ -128,13 +129,6 @@ def _latents(module: DiffusionTraining, data: DataModule) -> Iterator[Finding]:
             found = f"mean {mean:.2f} and std {std:.2f} over {len(chosen)} training images, not 0 and 1"
             why = "this autoencoder's scale is not for these data; train one on them"
             yield Finding("error", f"channel {channel} of the latents has {found}: {why}")
-
-
-def num_devices(trainer: dict[str, Any]) -> int:
-    """Processes of a training."""
-    devices = trainer.get("devices", 1)
-    count = devices if isinstance(devices, int) else len(devices) if isinstance(devices, list) else 1
-    return max(1, count) * int(trainer.get("num_nodes", 1))
 
 
 def checkpoint_bytes(module: Module) -> int:

@@ -39,8 +39,8 @@ def adapt(unet: UNet, rank: int, targets: Sequence[str] = ("to_q", "to_k", "to_v
     """
     found = [(name.rpartition(".")[2], m) for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     names = {name for name, _ in found}
-    if rank < 1 or not targets or not names.issuperset(targets):
-        rule = f"a rank of 1 or more, and targets of {', '.join(sorted(names))}"
+    if not isinstance(rank, int) or rank < 1 or not targets or not names.issuperset(targets):
+        rule = f"a whole rank of 1 or more, and targets of {', '.join(sorted(names))}"
         raise ValueError(f"lora.rank={rank}, lora.targets={list(targets)}: the rule is {rule}")
     unet.requires_grad_(False)
     for name, module in found:

@@ -89,9 +89,9 @@ def fit(
         _check_cursor(checkpoint.read_manifest(resume)["settings"]["cursor"], cursor, resume)
     assert data.validation_set is not None
     fixed = data.validation_set if isinstance(data.validation_set, FixedSet) else data.validation_set.items  # type: ignore[attr-defined]
-    Layout.of(trainer).apply(module)
-    guard = Guard(limits or Limits(), output, clip)
     stage_one = isinstance(module, AutoencoderTraining)
+    Layout.of(trainer, unet=not stage_one).apply(module)
+    guard = Guard(limits or Limits(), output, clip)
     metric = "val/psnr_ema" if stage_one else "val/mse_ema"
     io = FolderIO(module.contents, cursor, shards)
     folders = Folders(output, io, intervals.checkpoint, intervals.keep, metric, higher_is_better=stage_one)

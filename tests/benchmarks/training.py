@@ -57,6 +57,7 @@ THEIRS: dict[str, dict[str, bool]] = (
         "diffusers, bfloat16 autocast": {"autocast": True},
         "diffusers, bfloat16 autocast, fused AdamW, foreach EMA": {"autocast": True, "fused": True},
         "diffusers, the same, channels-last": {"autocast": True, "fused": True, "channels_last": True},
+        "diffusers, the same, attention by plain products": {"autocast": True, "fused": True, "plain": True},
     }
 )
 
@@ -134,6 +135,10 @@ def theirs(pipe: Connection, arguments: list[str], how: Mapping[str, bool]) -> N
     unet = peer(list(cfg.unet.widths), cfg.unet.context_dim).to(DEVICE)
     if how.get("channels_last"):
         unet.to(memory_format=torch.channels_last)
+    if how.get("plain"):
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
     if how.get("compiled"):
         unet.compile()
     ema = EMAModel(unet.parameters(), decay=0.999, foreach=how.get("fused", False))

@@ -70,8 +70,12 @@ SAMPLES = [emoji_dataset("emoji200", "heldout_pairs")[i] for i in range(20)]
 
 
 def test_an_autoencoder_of_known_error_gets_its_figures() -> None:
-    found, std, active = evaluate_autoencoder(FakeAutoencoder(), SAMPLES, batch_size=7)
+    found, std, active, rows = evaluate_autoencoder(FakeAutoencoder(), SAMPLES, batch_size=7)
     mode, sample, ssim_, kl = (found[name] for name in COLUMNS)
+    assert rows.shape == (20, 4)
+    torch.testing.assert_close(
+        rows.mean(0).double(), torch.tensor([each.value for each in (mode, sample, ssim_, kl)]).double()
+    )
     assert mode.n == 20
     assert mode.value == pytest.approx(10 * math.log10(4 / 0.1**2), abs=0.01)
     # A sample is the mode 0.2 brighter, less 0.1 towards grey, where white clips: between 1 / 0.3² and 1 / 0.05²
@@ -95,7 +99,7 @@ def test_kl_a_unit_is_that_of_the_posterior() -> None:
         def posterior(self, x: Tensor) -> FakePosterior:
             return FakePosterior(torch.full_like(x, 3.0), torch.full_like(x, -2.0))
 
-    found, _, active = evaluate_autoencoder(Shifted(), SAMPLES[:4], 4)
+    found, _, active, _ = evaluate_autoencoder(Shifted(), SAMPLES[:4], 4)
     assert found["KL a unit (nats)"].value == pytest.approx(0.5 * (9 + math.exp(-2) - 1 + 2))
     assert active == 0.0  # far from the prior, yet it says nothing of the image
 
