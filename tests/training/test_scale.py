@@ -20,7 +20,7 @@ from ldm.cli import door, train
 from ldm.training.checkpointing import FolderIO
 from ldm.training.guard import Guard
 from ldm.training.optimizer import Optimizer
-from ldm.training.speed import Layout, resolve_precision
+from ldm.training.speed import Layout, num_devices, resolve_precision
 from tests.training.test_training import column, weights
 from tests.training.test_trust import (  # fixtures, and what starts processes
     command,  # noqa: F401
@@ -360,6 +360,41 @@ def test_auto_is_channels_last_but_for_bfloat16_on_a_cpu_and_compiles_on_gpus_al
     assert chosen("cpu", "bf16-mixed", compile=True, checkpointing=True) == "checkpointing and compile"
     with pytest.raises(ValueError, match="choose true, false or auto"):
         chosen("cpu", "32-true", compile="yes")
+
+
+def test_the_layout_of_an_autoencoder_is_what_it_trains_in_and_what_it_has_not_is_refused() -> None:
+    settings: dict[str, Any] = {"accelerator": "cpu", "precision": "32-true"}
+    assert str(Layout.of(settings, unet=False)) == "plain layout"
+    for key in ("channels_last", "checkpointing"):
+        with pytest.raises(ValueError, match=f"trainer.{key}=true is for the UNet of stage two"):
+            Layout.of({**settings, key: True}, unet=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"accelerator": "cpu", "devices": "auto"}, 1),
+        ({"accelerator": "cpu", "devices": 3, "num_nodes": 2}, 6),
+        ({"accelerator": "gpu", "devices": "auto", "num_nodes": 2}, 8),
+        ({"accelerator": "gpu", "devices": -1}, 4),
+        ({"accelerator": "auto", "devices": [0, 3]}, 2),
+        ({"accelerator": "gpu", "devices": "2"}, 2),
+    ],
+)
+def test_devices_are_counted_as_lightning_will(
+    settings: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert num_devices(settings, check=True) == count
+
+
+def test_gpus_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for devices in ("auto", 1, [0]):
+        with pytest.raises(ValueError, match="torch sees 0 GPUs; take trainer=cpu"):
+            num_devices({"accelerator": "gpu", "devices": devices}, check=True)
+    assert num_devices({"accelerator": "gpu", "devices": "auto"}) == 1  # to plan for another machine
 
 
 @pytest.mark.parametrize("setting", ["channels_last=false", "checkpointing=true"])
