@@ -115,6 +115,13 @@ def test_the_time_at_the_head_of_an_experiment_is_what_its_plan_says(file: Path,
     assert "Expected:" in head
 
 
+def test_what_a_plan_does_not_count_is_said(capsys: Any) -> None:
+    out = said(capsys, "experiment=sd15/diffusion_256", "on=a100", "ema.power=[0.05,0.1]", "repa=0.5")
+    assert "not counted: repa, ema.power\n" in out
+    assert "not counted: adversarial\n" in said(capsys, "experiment=sd15/autoencoder", "on=a100")
+    assert "not counted" not in said(capsys, "experiment=sd15/diffusion_256", "on=a100")
+
+
 def test_live_encoding_is_work_too(capsys: Any) -> None:
     speeds = []
     for cache in ("true", "false"):

@@ -21,6 +21,7 @@ _SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerat
                       "samples.")  # fmt: skip
 _NUMBERS = ("seed", "repa", "latent_noise", "lora.rank", "caption_dropout", "ema_decay", "clip", "checkpoint.every",
             "checkpoint.keep", "validation.every", "validation.images", "samples.every")  # fmt: skip
+_EXTRAS = ("adversarial", "perceptual", "repa", "ema.power", "lora.rank")  # of which a plan knows nothing
 STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
 
 
@@ -139,12 +140,15 @@ def plan(arguments: list[str]) -> None:
     work, memory, seconds = planning.Training(
         network, frozen, encode, size, batch, devices, trainer["accumulate_grad_batches"], trainer["strategy"] == "fsdp"
     ).on(device)
+    extras = ", ".join(key for key in _EXTRAS if OmegaConf.select(cfg, key))
+    uncounted = f"not counted: {extras}\n" if extras else ""
     hours, parts = steps * seconds / 3600, ", ".join(f"{name} {part / 1e9:.2f}" for name, part in memory.items())
     sys.stdout.write(
         f"{sum(p.numel() for p in network.parameters()):,} parameters, {work / 1e9:,.1f} GFLOP an image\n"
         f"memory a device: {sum(memory.values()) / 1e9:.2f} GB ({parts})\n"
         f"speed: {batch / seconds:,.1f} images/s on {devices} devices in {trainer['precision']}, {device.source}\n"
-        f"{steps:,} steps of {batch:,}: {hours:,.1f} hours ({hours / 24:,.1f} days), {hours * devices:,.1f} of devices"
+        f"{uncounted}{steps:,} steps of {batch:,}: {hours:,.1f} hours ({hours / 24:,.1f} days), "
+        f"{hours * devices:,.1f} of devices"
         f"{f', cost {price * hours * devices:,.2f}' if price else ''}\n"
     )
 

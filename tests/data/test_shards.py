@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.cli import main
 from ldm.data import ShardDataset, build_index, write_shard
 
 
@@ -92,6 +93,24 @@ def test_a_tar_by_webdatasets_own_writer_is_indexed(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         tar.write({"__key__": "a", "webp": picture(0), "txt": "x"})
     assert ShardDataset(tmp_path)[0].image == picture(0)
+
+
+def test_a_folder_as_img2dataset_leaves_it_is_indexed_and_read_as_it_is(tmp_path: Path) -> None:
+    about = {"url": "https://host/a.jpg", "status": "success", "width": 48, "height": 32, "exif": "{}", "sha256": "00"}
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"{shard:05d}.tar")) as tar:
+            for row in range(3):
+                key = f"{shard:05d}{row:04d}"
+                written = {**about, "key": key, "caption": f"caption {key}"}
+                data = {"jpg": picture(row, "JPEG", (48, 32)), "txt": f"caption {key}", "json": json.dumps(written)}
+                tar.write({"__key__": key, **data})
+        (tmp_path / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+        (tmp_path / f"{shard:05d}_stats.json").write_text('{"count": 3, "successes": 3}')
+    assert main(["index", str(tmp_path)]) == 0
+    found = ShardDataset(tmp_path)
+    assert [sample.caption for sample in (found[i] for i in range(6))] == [f"caption {key}" for key in found.keys]
+    assert found[4].meta["url"] == "https://host/a.jpg"
+    assert found.image_sizes().tolist() == [[32, 48]] * 6
 
 
 # --------------------------------------------------------------------------------------------------------------------
