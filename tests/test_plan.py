@@ -115,6 +115,14 @@ def test_the_time_at_the_head_of_an_experiment_is_what_its_plan_says(file: Path,
     assert "Expected:" in head
 
 
+def test_devices_are_given_by_either_name(capsys: Any) -> None:
+    short, long = (
+        said(capsys, "experiment=sd15/autoencoder", "on=a100", f"{name}=4") for name in ("devices", "trainer.devices")
+    )
+    assert short == long
+    assert " on 4 devices in " in short
+
+
 def test_what_a_plan_does_not_count_is_said(capsys: Any) -> None:
     out = said(capsys, "experiment=sd15/diffusion_256", "on=a100", "ema.power=[0.05,0.1]", "repa=0.5")
     assert "not counted: repa, ema.power\n" in out

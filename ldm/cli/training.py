@@ -116,6 +116,7 @@ def plan(arguments: list[str]) -> None:
     from ldm.training.speed import Layout, num_devices, on_gpu, resolve_precision
 
     own = {"on": "here", "price": "0", **dict(a.split("=", 1) for a in arguments if a.startswith(("price=", "on=")))}
+    arguments = [a.replace("devices=", "trainer.devices=") if a.startswith("devices=") else a for a in arguments]
     cfg, _ = compose([argument for argument in arguments if not argument.startswith(("price=", "on="))])
     check_targets(OmegaConf.to_container(cfg))
     price, here, size = value_of("price", own["price"]), own["on"] == "here", (cfg.data.height, cfg.data.width)
