@@ -3,6 +3,8 @@
 Shapes: n images, c channels, h × w latents, l queries (h·w), m keys (l, or 77 text tokens), d width of the context.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,19 +21,37 @@ TOGETHER = 2**20  # weights of all heads of some images: a batch goes through in
 LONG, FUSED_BLOCK, SHIFT = 2048, 2**21, 77.0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax(q kᵀ / √d) v (Vaswani et al., 1706.03762, eq. 1), (n, heads, l, d), 2 × (n, heads, m, d) → as q."""
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_LIMIT:
+def without_padding(context: Tensor) -> tuple[Tensor, int]:
+    """Text (n, m, d) up to the last token that is not zero in all of it, and how many are left out.
+
+    MiniLM's contexts are padded to 77 by zeros, whose keys and values are zero too: attention needs their number
+    alone. On a CPU only, since a GPU would have to wait for the length; never under a compiler, for which it is new.
+    """
+    if context.device.type != "cpu" or context.requires_grad or torch.compiler.is_compiling():
+        return context, 0
+    length = max([1, *(1 + context.any(-1).any(0).nonzero().flatten()[-1:]).tolist()])
+    return context[:, :length].contiguous(), context.shape[1] - length
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, padding: int = 0) -> Tensor:
+    """Softmax(q kᵀ / √d) v (Vaswani et al., 1706.03762, eq. 1), (n, heads, l, d), 2 × (n, heads, m, d) → as q.
+
+    ``padding`` more keys and values are zero.
+    """
+    if q.device.type == "cpu" and q.shape[-2] * (k.shape[-2] + padding) <= PLAIN_LIMIT:
         parts = (y.split(max(1, TOGETHER // (q[0, ..., 0].numel() * k.shape[-2]))) for y in (q, k, v))
-        return torch.cat([_plain(*part) for part in zip(*parts, strict=True)])
+        return torch.cat([_plain(*part, padding) for part in zip(*parts, strict=True)])
+    k, v = (F.pad(y, (0, 0, 0, padding)) if padding else y for y in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not any(y.requires_grad for y in (q, k, v)):
         return _in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, padding: int = 0) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.softmax(dim=-1, dtype=scores.dtype) @ v
+    if padding:  # so many scores of 0 are one of log(padding), whose value is zero
+        scores = F.pad(scores, (0, 1), value=math.log(padding))
+    return scores.softmax(dim=-1, dtype=scores.dtype)[..., : k.shape[-2]] @ v
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,14 +103,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (n, l, c), context (n, m, d) → (n, l, c)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, padding: int = 0) -> Tensor:
+        """x (n, l, c), context (n, m, d) → (n, l, c); ``padding`` more tokens of the context are zero."""
         context = x if context is None else context
         q, k, v = (
             rearrange(y, "n l (heads c) -> n heads l c", heads=self.num_heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out(rearrange(attend(q, k, v), "n heads l c -> n l (heads c)"))
+        return self.to_out(rearrange(attend(q, k, v, padding), "n heads l c -> n l (heads c)"))
 
 
 class FeedForward(nn.Module):
@@ -129,14 +149,14 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (n, c, h, w), context (n, m, d) → (n, c, h, w)."""
+    def forward(self, x: Tensor, context: Tensor, padding: int = 0) -> Tensor:
+        """x (n, c, h, w), context (n, m, d) and ``padding`` tokens of zeros → (n, c, h, w)."""
         height, width = x.shape[-2:]
         y = self.norm(x) if self.linear_projections else self.proj_in(self.norm(x))
         y = rearrange(y, "n c h w -> n (h w) c")
         y = self.proj_in(y) if self.linear_projections else y
         y = y + self.self_attention(self.norm1(y))
-        y = y + self.cross_attention(self.norm2(y), context)
+        y = y + self.cross_attention(self.norm2(y), context, padding)
         y = y + self.feed_forward(self.norm3(y))
         if self.linear_projections:
             return x + rearrange(self.proj_out(y), "n (h w) c -> n c h w", h=height, w=width)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.unet.attention import Transformer
+from ldm.unet.attention import Transformer, without_padding
 from ldm.unet.layers import NUM_GROUPS, Downsample, ResBlock, Upsample, timestep_embedding
 
 
@@ -26,11 +26,11 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.transformer, self.upsample = res, transformer, upsample
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, padding: int, size: tuple[int, int]) -> Tensor:
         """(n, c_in, h, w) → (n, c_out, *size), where size is (h, w) but for an upsampling block."""
         x = self.res(x, embedding)
         if self.transformer is not None:
-            x = self.transformer(x, context)
+            x = self.transformer(x, context, padding)
         return x if self.upsample is None else self.upsample(x, size)
 
 
@@ -119,16 +119,21 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The prediction from noisy latents, (n, out_channels, h, w), in the type of z."""
         embedding = self.time_embedding(timestep_embedding(t, self.time_dim).to(z.dtype))
+        context, padding = without_padding(context)
         h, skips = z, []
         for module in self.input_blocks:
-            h = self._run(module, h, embedding, context, h.shape[-2:]) if isinstance(module, Block) else module(h)
+            h = (
+                self._run(module, h, embedding, context, padding, h.shape[-2:])
+                if isinstance(module, Block)
+                else module(h)
+            )
             skips.append(h)
         first, transformer, last = self.middle_blocks
-        h = last(transformer(first(h, embedding), context), embedding)
+        h = last(transformer(first(h, embedding), context, padding), embedding)
         for module in self.output_blocks:
             x = torch.cat([h, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if skips else h.shape[-2:]
-            h = self._run(module, x, embedding, context, size)
+            h = self._run(module, x, embedding, context, padding, size)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:

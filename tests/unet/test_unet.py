@@ -73,6 +73,46 @@ def test_plain_attention_equals_the_fused_kernel() -> None:
     )
 
 
+@pytest.mark.parametrize("limit", [PLAIN_LIMIT, 0])
+def test_keys_and_values_of_zero_are_counted_not_multiplied(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PLAIN_LIMIT", limit)
+    q, k, v = torch.randn(3, 2, 4, 20, 16).unbind(0)
+    whole = [torch.nn.functional.pad(y, (0, 0, 0, 57)) for y in (k, v)]
+    real = torch.nn.functional.scaled_dot_product_attention(q, *whole)
+    torch.testing.assert_close(attend(q, k, v, padding=57), real, rtol=1e-5, atol=1e-6)
+    assert (attend(q, k, v) - real).abs().max() > 0.05  # without their number it is another function
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 77])
+def test_text_padded_by_zeros_is_cut_and_gives_the_same_output_and_gradients(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, z, t = tiny(), torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0])
+    for name, parameter in net.named_parameters():  # projections that begin at zero would hide the text
+        torch.nn.init.normal_(parameter, std=0.1) if "proj_out" in name else None
+    context = torch.randn(2, 77, 16)
+    context[:, length:] = 0.0
+    context[0, length // 2 :] = 0.0  # the shorter of the two
+    cut, padding = attention.without_padding(context)
+    assert (cut.shape[1], padding) == (max(1, length), 77 - max(1, length))
+    outputs, gradients = [], []
+    for keep in (False, True):
+        if keep:
+            monkeypatch.setattr("ldm.unet.unet.without_padding", lambda context: (context, 0))
+        net.zero_grad()
+        outputs.append(net(z, t, context))
+        outputs[-1].square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_text_that_gradients_are_wanted_of_and_text_elsewhere_is_left_whole() -> None:
+    context = torch.zeros(2, 77, 16)
+    assert attention.without_padding(context.clone().requires_grad_())[1] == 0
+    assert attention.without_padding(context.to("meta"))[1] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_in_parts_attends_as_a_whole_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, g = (y.to(dtype).requires_grad_() for y in torch.randn(4, 5, 4, 64, 32))
