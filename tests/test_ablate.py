@@ -150,7 +150,7 @@ def test_stage_one_is_ablated_by_its_own_figures(shapes: Path, tmp_path: Path) -
     assert found["loss.beta=1000", "KL a unit (nats)"] < found["loss.beta=0.18", "KL a unit (nats)"]
     text = (tmp_path / "beta/report.html").read_text("utf-8")
     assert "PSNR in training" in text
-    assert text.count("data:image/webp") == 16
+    assert text.count("data:image/webp") == 32  # of two cells, eight from the mode and eight from a sample
 
 
 def test_a_cluster_does_what_this_machine_does(settings: list[str], finished: Path, tmp_path: Path) -> None:

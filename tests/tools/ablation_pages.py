@@ -58,14 +58,14 @@ def table(name: str, cells: list[dict[str, Any]]) -> list[str]:
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]], path: Path) -> None:
-    """Rows of pictures, each with its label on the left, as a PNG of 200 colours."""
+    """Rows of pictures, each with its label on the left, as a JPEG."""
     image = Image.new("RGB", (LEFT + SIDE * max(len(pictures) for _, pictures in rows), SIDE * len(rows)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     for y, (label, pictures) in enumerate(rows):
         draw.text((4, SIDE * y + 56), label, fill="black", font=font)
         for x, picture in enumerate(pictures):
             image.paste(picture, (LEFT + SIDE * x, SIDE * y))
-    image.quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.save(path, quality=88, subsampling=0)
 
 
 def openmoji(run: Path, cells: list[dict[str, Any]]) -> None:
@@ -82,7 +82,7 @@ def openmoji(run: Path, cells: list[dict[str, Any]]) -> None:
     for each, folder in zip(cells, folders(run, cells), strict=True):
         rank = each["settings"][0] if "lora" in each["cell"] else "all weights"
         rows.append((rank, ldm.load(folder).sample(prompts, seed=0, steps=30).pil()))
-    sheet(rows, DOCS / "images" / "openmoji.png")
+    sheet(rows, DOCS / "images" / "openmoji.jpg")
 
 
 def pictures(images: torch.Tensor) -> list[Image.Image]:
@@ -108,7 +108,7 @@ def main(name: str, run: str) -> None:
             (each["cell"], [Image.open(p).convert("RGB") for p in sorted((folder / "pictures").glob("*.png"))[:8]])
             for each, folder in zip(cells, folders(Path(run), cells), strict=True)
         ]
-        sheet(rows, DOCS / "images" / "beta.png")
+        sheet(rows, DOCS / "images" / "beta.jpg")
     if name == "openmoji":
         openmoji(Path(run), cells)
 

@@ -1,6 +1,6 @@
 """The gallery of the README and the model card: what the bundled model draws, beside what it was shown.
 
-python -m tests.tools.gallery          # docs/images/gallery.png; 10 minutes on two cores
+python -m tests.tools.gallery          # docs/images/gallery.jpg; 10 minutes on two cores
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Sheet:
         self.rows.append((label, images.clamp(-1.0, 1.0)))
 
     def write(self, path: Path) -> None:
-        """As a PNG of 128 colours."""
+        """As a JPEG: a palette would draw steps into what is smooth."""
         heights = [LABEL + images.shape[2] for _, images in self.rows]
         width = max(len(images) * images.shape[3] for _, images in self.rows)
         sheet = Image.new("RGB", (width, sum(heights)), "white")
@@ -48,7 +48,7 @@ class Sheet:
             for i, picture in enumerate(pixels):
                 sheet.paste(Image.fromarray(picture), (i * picture.shape[1], top + LABEL))
             top += height
-        sheet.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        sheet.save(path, quality=88, subsampling=0)
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     sheet.add("from one noise to another: a rocket, fluent 3D style", out.images)
     large = model.sample([f"a {thing}, twemoji style" for thing in THINGS[:5]], seed=0, height=192, width=192)
     sheet.add("192 x 192 pixels, twemoji style", large.images)
-    sheet.write(OUT / "gallery.png")
+    sheet.write(OUT / "gallery.jpg")
 
 
 def draw(model: LatentDiffusion, prompts: Sequence[str], guidance_scale: float | None = None) -> Tensor:
