@@ -119,7 +119,8 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The prediction from noisy latents, (n, out_channels, h, w), in the type of z."""
         embedding = self.time_embedding(timestep_embedding(t, self.time_dim).to(z.dtype))
-        context, padding = without_padding(context)
+        # In training alone: a picture must not hang, by its roundings, on how long the other prompts of its batch are.
+        context, padding = without_padding(context) if self.training else (context, 0)
         h, skips = z, []
         for module in self.input_blocks:
             h = (

@@ -87,7 +87,7 @@ def test_keys_and_values_of_zero_are_counted_not_multiplied(limit: int, monkeypa
 def test_text_padded_by_zeros_is_cut_and_gives_the_same_output_and_gradients(
     length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, z, t = tiny(), torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0])
+    net, z, t = tiny().train(), torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0])
     for name, parameter in net.named_parameters():  # projections that begin at zero would hide the text
         torch.nn.init.normal_(parameter, std=0.1) if "proj_out" in name else None
     context = torch.randn(2, 77, 16)
@@ -105,6 +105,13 @@ def test_text_padded_by_zeros_is_cut_and_gives_the_same_output_and_gradients(
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_a_picture_does_not_hang_on_the_length_of_the_other_prompts_of_its_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ldm.unet.unet.without_padding", lambda context: pytest.fail("cut in sampling"))
+    tiny()(torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), torch.zeros(2, 77, 16))
 
 
 def test_text_that_gradients_are_wanted_of_and_text_elsewhere_is_left_whole() -> None:
