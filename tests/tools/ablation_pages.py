@@ -24,7 +24,7 @@ from ldm.data import FixedSet, emoji_dataset
 from ldm.evaluation.figures import Figure
 from tests.benchmarks.common import DOCS, machine, write
 
-LEFT, SIDE = 150, 130  # pixels: of the labels, and from one picture to the next
+LEFT, SIDE = 200, 130  # pixels: of the labels, and from one picture to the next
 COLUMNS = {
     "recipes": ("denoising MSE", "KID-EffNet"),
     "beta": ("PSNR, mode (dB)", "PSNR, sample (dB)", "SSIM", "KL a unit (nats)", "active units", "rKID-EffNet"),
@@ -80,7 +80,7 @@ def openmoji(run: Path, cells: list[dict[str, Any]]) -> None:
     real = torch.stack([own[name] for name in DRAWN])
     rows = [("OpenMoji's own", pictures(real)), ("before", ldm.load("emoji").sample(prompts, seed=0, steps=30).pil())]
     for each, folder in zip(cells, folders(run, cells), strict=True):
-        rank = each["settings"][0] if "lora" in each["cell"] else "all weights"
+        rank = " ".join(s.removeprefix("lora.") for s in each["settings"] if "lora" in s) or "all weights"
         rows.append((rank, ldm.load(folder).sample(prompts, seed=0, steps=30).pil()))
     sheet(rows, DOCS / "images" / "openmoji.jpg")
 

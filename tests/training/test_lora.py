@@ -75,9 +75,9 @@ def test_merged_weights_are_w_plus_ba_and_draw_the_same(targets: tuple[str, ...]
 
 
 def test_a_rank_or_target_that_means_nothing_is_refused() -> None:
-    for rank, targets in ((0, TARGETS), (4, ["to_q", "to_w"]), (4, [])):
-        with pytest.raises(ValueError, match=r"the rule is a rank of 1 or more, and targets of .*to_q, to_v"):
-            adapt(tiny_model().unet, rank, targets)
+    for rank, targets in ((0, TARGETS), (2.5, TARGETS), (4, ["to_q", "to_w"]), (4, [])):
+        with pytest.raises(ValueError, match=r"the rule is a whole rank of 1 or more, and targets of .*to_q, to_v"):
+            adapt(tiny_model().unet, rank, targets)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
