@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: int = 0) -> Tensor:
     """
     if q.device.type == "cpu" and q.shape[-2] * (k.shape[-2] + padding) <= PLAIN_LIMIT:
         parts = (y.split(max(1, TOGETHER // (q[0, ..., 0].numel() * k.shape[-2]))) for y in (q, k, v))
-        return torch.cat([_plain(*part, padding) for part in zip(*parts, strict=True)])
+        return torch.cat([_plain(a, b, c, padding) for a, b, c in zip(*parts, strict=True)])
     k, v = (F.pad(y, (0, 0, 0, padding)) if padding else y for y in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not any(y.requires_grad for y in (q, k, v)):
         return _in_blocks(q, k, v)
