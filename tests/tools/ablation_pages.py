@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,14 @@ def main(name: str, run: str) -> None:
     result = json.loads((Path(run) / "result.json").read_text())
     cells: list[dict[str, Any]] = result["cells"]
     page = "training.md" if name in ("recipes", "beta", "openmoji") else "ablations.md"
-    where = f"{machine().replace('1 threads', '1 thread a training')}; seeds {cells[0]['seeds']}."
+    where = f"{re.sub(r'\d+ threads', '1 thread a training', machine())}; seeds {cells[0]['seeds']}."
     write(page, name, [where, "", *table(name, cells)])
     if name == "beta":
         rows = [
-            (each["cell"], [Image.open(p).convert("RGB") for p in sorted((folder / "pictures").glob("*.png"))[:8]])
+            (f"{each['cell']}, {which}", [Image.open(p).convert("RGB") for p in some])
             for each, folder in zip(cells, folders(Path(run), cells), strict=True)
+            for files in [sorted((folder / "pictures").glob("*.png"))]
+            for which, some in (("mode", files[:8]), ("sample", files[8:]))
         ]
         sheet(rows, DOCS / "images" / "beta.jpg")
     if name == "openmoji":
