@@ -102,7 +102,8 @@ def main(name: str, run: str) -> None:
     result = json.loads((Path(run) / "result.json").read_text())
     cells: list[dict[str, Any]] = result["cells"]
     page = "training.md" if name in ("recipes", "beta", "openmoji") else "ablations.md"
-    where = f"{re.sub(r'\d+ threads', '1 thread a training', machine())}; seeds {cells[0]['seeds']}."
+    here = re.sub(r"\d+ threads", "1 thread a training", machine())
+    where = f"{here}; seeds {cells[0]['seeds']}."
     write(page, name, [where, "", *table(name, cells)])
     if name == "beta":
         rows = [
