@@ -24,8 +24,8 @@ class CalibratedLoss(nn.Module):
         log_scale: float = -1.0,  # log σ or log b to begin with, in units of pixels in [-1, 1]
     ) -> None:
         super().__init__()
-        if not beta >= 0.0 or math.isinf(beta):
-            raise ValueError(f"beta={beta} must be a finite number >= 0")
+        if not 0.0 <= beta < math.inf or not math.isfinite(log_scale):
+            raise ValueError(f"beta={beta} must be a finite number >= 0, log_scale={log_scale} a finite one")
         if likelihood not in ("gaussian", "laplace"):
             raise ValueError(f"likelihood={likelihood!r} is unknown; choose gaussian or laplace")
         self.beta, self.likelihood = beta, likelihood

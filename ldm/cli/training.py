@@ -116,14 +116,14 @@ def plan(arguments: list[str]) -> None:
     from ldm.training.speed import Layout, num_devices, on_gpu, resolve_precision
 
     own = {"on": "here", "price": "0", **dict(a.split("=", 1) for a in arguments if a.startswith(("price=", "on=")))}
-    arguments = [a.replace("devices=", "trainer.devices=") if a.startswith("devices=") else a for a in arguments]
+    arguments = [f"trainer.{a}" if a.startswith("devices=") else a for a in arguments]
     cfg, _ = compose([argument for argument in arguments if not argument.startswith(("price=", "on="))])
     check_targets(OmegaConf.to_container(cfg))
     price, here, size = value_of("price", own["price"]), own["on"] == "here", (cfg.data.height, cfg.data.width)
     if not isinstance(price, int | float) or not price >= 0:
         raise ValueError(f"price={price} must be a number, at least 0: of a device an hour")
     trainer: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    num_devices(trainer, check=here)
+    devices = num_devices(trainer, check=here)
     trainer["precision"] = resolve_precision(trainer["precision"], trainer["accelerator"]) if here else "bf16-mixed"
     layout, frozen, encode = Layout.of(trainer, cfg.stage == "diffusion"), 0, 0.0
     with torch.device("meta"):
@@ -137,7 +137,7 @@ def plan(arguments: list[str]) -> None:
     device = planning.published(own["on"], *size) if not here else planning.probe(
         cfg.stage, trainer["precision"], layout, torch.device("cuda" if on_gpu(trainer["accelerator"]) else "cpu")
     )  # fmt: skip
-    steps, batch, devices = trainer["max_steps"], cfg.data.batch_size, num_devices(trainer)
+    steps, batch = trainer["max_steps"], cfg.data.batch_size
     work, memory, seconds = planning.Training(
         network, frozen, encode, size, batch, devices, trainer["accumulate_grad_batches"], trainer["strategy"] == "fsdp"
     ).on(device)

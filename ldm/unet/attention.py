@@ -29,7 +29,8 @@ def without_padding(context: Tensor) -> tuple[Tensor, int]:
     """
     if context.device.type != "cpu" or context.requires_grad or torch.compiler.is_compiling():
         return context, 0
-    length = max([1, *(1 + context.any(-1).any(0).nonzero().flatten()[-1:]).tolist()])
+    used = context.any(-1).any(0).nonzero()
+    length = int(used[-1]) + 1 if len(used) else 1
     return context[:, :length].contiguous(), context.shape[1] - length
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import ldm
-from ldm.data import FixedSet, emoji_dataset
+from ldm.data import FixedSet, emoji_dataset, to_tensor
 from ldm.evaluation.figures import Figure
 from tests.benchmarks.common import DOCS, machine, write
+from tests.tools.gallery import Sheet
 
-LEFT, SIDE = 200, 130  # pixels: of the labels, and from one picture to the next
 COLUMNS = {
     "recipes": ("denoising MSE", "KID-EffNet"),
     "beta": ("PSNR, mode (dB)", "PSNR, sample (dB)", "SSIM", "KL a unit (nats)", "active units", "rKID-EffNet"),
@@ -58,17 +58,6 @@ def table(name: str, cells: list[dict[str, Any]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def sheet(rows: list[tuple[str, list[Image.Image]]], path: Path) -> None:
-    """Rows of pictures, each with its label on the left, as a JPEG."""
-    image = Image.new("RGB", (LEFT + SIDE * max(len(pictures) for _, pictures in rows), SIDE * len(rows)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    for y, (label, pictures) in enumerate(rows):
-        draw.text((4, SIDE * y + 56), label, fill="black", font=font)
-        for x, picture in enumerate(pictures):
-            image.paste(picture, (LEFT + SIDE * x, SIDE * y))
-    image.save(path, quality=88, subsampling=0)
-
-
 def openmoji(run: Path, cells: list[dict[str, Any]]) -> None:
     """Eight things as the data have them, as the bundled model draws them, and as each cell's first seed does."""
     prompts = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}, openmoji style" for name in DRAWN]
@@ -79,16 +68,13 @@ def openmoji(run: Path, cells: list[dict[str, Any]]) -> None:
         numbers = {data[i].meta["concept"]: i for i in range(len(data))}
         own |= {name: images[numbers[name]]["image"] for name in DRAWN if name in numbers}
     real = torch.stack([own[name] for name in DRAWN])
-    rows = [("OpenMoji's own", pictures(real)), ("before", ldm.load("emoji").sample(prompts, seed=0, steps=30).pil())]
+    sheet = Sheet()
+    sheet.add("OpenMoji's own", real)
+    sheet.add("before", ldm.load("emoji").sample(prompts, seed=0, steps=30).images)
     for each, folder in zip(cells, folders(run, cells), strict=True):
         rank = " ".join(s.removeprefix("lora.") for s in each["settings"] if "lora" in s) or "all weights"
-        rows.append((rank, ldm.load(folder).sample(prompts, seed=0, steps=30).pil()))
-    sheet(rows, DOCS / "images" / "openmoji.jpg")
-
-
-def pictures(images: torch.Tensor) -> list[Image.Image]:
-    """Images (n, 3, h, w) in [-1, 1]."""
-    return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in ((images.clamp(-1, 1) + 1) * 127.5).round().byte()]
+        sheet.add(rank, ldm.load(folder).sample(prompts, seed=0, steps=30).images)
+    sheet.write(DOCS / "images" / "openmoji.jpg")
 
 
 def folders(run: Path, cells: list[dict[str, Any]]) -> list[Path]:
@@ -106,13 +92,13 @@ def main(name: str, run: str) -> None:
     where = f"{here}; seeds {cells[0]['seeds']}."
     write(page, name, [where, "", *table(name, cells)])
     if name == "beta":
-        rows = [
-            (f"{each['cell']}, {which}", [Image.open(p).convert("RGB") for p in some])
-            for each, folder in zip(cells, folders(Path(run), cells), strict=True)
-            for files in [sorted((folder / "pictures").glob("*.png"))]
-            for which, some in (("mode", files[:8]), ("sample", files[8:]))
-        ]
-        sheet(rows, DOCS / "images" / "beta.jpg")
+        sheet = Sheet()
+        for each, folder in zip(cells, folders(Path(run), cells), strict=True):
+            files = sorted((folder / "pictures").glob("*.png"))
+            for which, some in (("mode", files[:8]), ("sample", files[8:])):
+                images = [to_tensor(Image.open(path).convert("RGB")) for path in some]
+                sheet.add(f"{each['cell']}, {which}", torch.stack(images))
+        sheet.write(DOCS / "images" / "beta.jpg")
     if name == "openmoji":
         openmoji(Path(run), cells)
 
