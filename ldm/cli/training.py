@@ -21,7 +21,7 @@ _SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerat
                       "samples.")  # fmt: skip
 _NUMBERS = ("seed", "repa", "latent_noise", "lora.rank", "caption_dropout", "ema_decay", "clip", "checkpoint.every",
             "checkpoint.keep", "validation.every", "validation.images", "samples.every")  # fmt: skip
-_EXTRAS = ("adversarial", "perceptual", "repa", "ema.power", "lora.rank")  # of which a plan knows nothing
+_EXTRAS = ("adversarial", "perceptual", "repa", "ema.power", "lora.rank", "stage_one")  # of which a plan knows nothing
 STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
 
 
@@ -46,6 +46,8 @@ def train(arguments: list[str]) -> int:
 
     num_devices(cfg.trainer, check=True)
     cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    if cfg.get("stage_one") and (code := _autoencoder_first(cfg)):
+        return code
     module, data, options = build(cfg)
     found = list(quick(module, data, options["trainer"], options["intervals"], output))
     for finding in found:
@@ -66,10 +68,36 @@ def train(arguments: list[str]) -> int:
             f"results in {output}: checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C saves and stops.\n"
         )
         sys.stdout.flush()
-    folder = None if resume is None else checkpoint.newest(resume)
+    new = resume is None or (cfg.get("stage_one") and not (output / "checkpoints").exists())
+    folder = None if new else checkpoint.newest(output)
     outcome = fit(module, data, output, resume=folder, **options)
     # A launcher takes a process that ends with another code than 0 for a failure, and kills the first, which reports.
     return _report(cfg, output, outcome) if first else 0
+
+
+def _autoencoder_first(cfg: Any) -> int:
+    """Train ``stage_one``, or go on with it, in the run's own folder, and let stage two take it; returns its exit code.
+
+    Stage two is built before it once, over ``autoencoder.weights``, so that what is wrong there is said at once.
+    """
+    from omegaconf import OmegaConf
+
+    from ldm.training.speed import num_devices
+
+    if (devices := num_devices(cfg.trainer)) > 1 or isinstance(cfg.cache, str):
+        rule = f"one device and no cache of its own (here {devices} and cache={cfg.cache}); set stage_one=null"
+        raise ValueError(f"stage_one={cfg.stage_one} trains both stages on {rule}, autoencoder.weights=RUN")
+    build(cfg, cached=False)
+    run = Path(cfg.output) / "autoencoder"
+    begun = (run / "checkpoints").exists()
+    given = [f"resume={run}"] if begun else [f"experiment={cfg.stage_one}", f"seed={cfg.seed}", f"output={run}"]
+    build(compose(given)[0])
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.parent / "config.yaml", OmegaConf.to_yaml(cfg).encode())
+    if code := train(given):
+        sys.stderr.write(f"both stages go on with: resume={run.parent}\n")
+    cfg.autoencoder.weights = str(run)
+    return code
 
 
 def submit(cfg: Any, arguments: Sequence[str]) -> int:
@@ -182,6 +210,8 @@ def precompute(arguments: list[str]) -> None:
     cfg, resume = compose(arguments)
     if resume is not None or cfg.stage != "diffusion" or not any(each.startswith("output=") for each in arguments):
         raise ValueError("the rule is: ldm precompute [experiment=NAME] [key=value ...] output=CACHE, of a stage two")
+    if cfg.stage_one is not None:
+        raise ValueError(f"stage_one={cfg.stage_one} is not trained yet; give autoencoder.weights=RUN stage_one=null")
     for resolve in (False, True):
         check_targets(OmegaConf.to_container(cfg, resolve=resolve), resolved=resolve)
 

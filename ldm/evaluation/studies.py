@@ -42,18 +42,19 @@ def score(
     """Everything about one model: what it draws, its loss, its autoencoder."""
     drawing, earlier = drawing or Drawing(), None if against is None else _read(against)
     report = Report(str(source), command, result={"model": str(source)})
-    samples = {split: pairs_of(data, split, limit) for split in all_splits().get(data, SPLITS)}
+    splits = (*SPLITS, *(split for split in all_splits().get(data, ()) if split not in SPLITS))  # heldout_concepts
+    samples = {split: pairs_of(data, split, limit) for split in splits}
     if "unet" in checkpoint.read_manifest(loading.find(source))["components"]:
         model = loading.load(source)
         judge = Judge(data) if judge is None else judge
-        for split in SPLITS:
+        for split in splits:
             scored = evaluate_pairs(model, data, split, limit, drawing, judge=judge)
             own = {"figures": scored.figures, "table": scored.table}
             report.result[split] = {**own, "reference": scored.reference.figures()}
             report.parts += _drawn(data, scored)
-            if earlier is not None:
+            if earlier is not None and split in earlier:
                 report.parts.append(_compared(f"{split}: this evaluation less that in {against}", own, earlier[split]))
-        for split in SPLITS:
+        for split in splits:
             report.parts += _loss_parts(split, measure(model, samples[split]), report, model.name)
         autoencoder, weights = model.autoencoder.float(), model.name  # on a GPU it may be in half precision
     else:
@@ -207,7 +208,8 @@ def _read(folder: Path) -> dict[str, Any]:
     """The result of an earlier evaluation."""
     try:
         found = json.loads((folder / "result.json").read_text("utf-8"))
-        return {split: {key: found[split][key] for key in ("figures", "table")} for split in SPLITS}
+        splits = {*SPLITS, *(key for key in found if "table" in found[key])}
+        return {split: {key: found[split][key] for key in ("figures", "table")} for split in splits}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"against={folder}: its result.json is not that of a model's evaluation ({error})") from error
 

@@ -65,6 +65,25 @@ def test_a_report_of_a_model_has_its_scores_their_references_its_loss_and_its_au
     assert {row[2] for row in table.rows} == {"not comparable: other evaluations, steps"}
 
 
+def test_concepts_that_are_held_out_whole_are_drawn_too_and_compared(
+    saved: Path, judge48: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = studies.evaluate_pairs
+
+    def drawn(model: Any, data: str, split: str, *more: Any, judge: Judge) -> Any:
+        assert data == "emoji"
+        return real(model, "emoji48", "train", *more, judge=judge)  # fitting a judge of all emoji takes minutes
+
+    monkeypatch.setattr(studies, "evaluate_pairs", drawn)
+    report = score(saved, "emoji", 1, QUICK, judge=judge48)
+    assert [split for split in report.result if "table" in report.result[split]] == [
+        "heldout_pairs", "train", "heldout_concepts"]  # fmt: skip
+    assert {"loss, heldout_concepts", "autoencoder, heldout_concepts"} <= report.result.keys()
+    report.write(tmp_path / "out")
+    again = score(saved, "emoji", 1, QUICK, tmp_path / "out", judge=judge48)
+    assert sum(part.title.startswith("heldout_concepts: this evaluation less") for part in again.parts) == 1
+
+
 def test_a_run_of_stage_one_is_scored_for_its_autoencoder_alone(model: LatentDiffusion, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "stage one", Contents({"autoencoder": model.autoencoder}))
     (table,) = score(tmp_path / "stage one", limit=2).parts

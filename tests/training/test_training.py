@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 import ldm
 from ldm import checkpoint
-from ldm.cli import door, train
+from ldm.cli import door, main, train
 from ldm.cli.training import build, compose
 from ldm.data import FixedSet, ShardDataset
 from ldm.training.ema import EMA
@@ -177,6 +178,71 @@ def test_a_decoder_learns_from_noisy_latents_to_bear_them(
         assert "is a number from 0 to 10, with decoder_only=true" in capsys.readouterr().err
 
 
+@pytest.fixture
+def tiny_stage_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speedrun's autoencoder, two steps of it."""
+    real = ldm.cli.training.compose
+
+    def composed(given: list[str]) -> Any:
+        small = ["trainer.max_steps=2", "trainer.precision=32-true", "autoencoder.widths=[32,32]"]
+        return real([*given, *small] if "experiment=emoji/speedrun_autoencoder" in given else given)
+
+    monkeypatch.setattr(ldm.cli.training, "compose", composed)
+
+
+def speedrun(shapes: Path, clip: Path, output: Path, *more: str) -> list[str]:
+    settings = [each for each in unet(clip, Path("emoji")) if not each.startswith("samples.")]
+    return arguments(shapes, output, "speedrun", 2, "trainer.precision=32-true", *settings, *more)
+
+
+def test_one_command_trains_both_stages_and_goes_on_with_either(
+    shapes: Path, clip: Path, tmp_path: Path, tiny_stage_one: None, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    assert door(train, speedrun(shapes, clip, run)) == 0
+    trained = ldm.load_autoencoder(run / "autoencoder")
+    assert trained.arguments["widths"] == [32, 32]
+    assert torch.equal(
+        ldm.load(run).autoencoder.decode_raw(torch.ones(1, 4, 4, 4)), trained.decode_raw(torch.ones(1, 4, 4, 4))
+    )
+    whole = weights(run)
+    # Stopped between the stages: the command that names the whole run goes on, and ends with the same weights.
+    before = {path: path.stat().st_mtime_ns for path in (run / "autoencoder" / "checkpoints").rglob("*.safetensors")}
+    shutil.rmtree(run / "checkpoints")
+    assert door(train, [f"resume={run}"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    again = weights(run)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert door(train, [f"resume={run}", "trainer.max_steps=3"]) == 0
+    assert checkpoint.newest(run).name == "step-00000003"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("unet.num_heads=3", "heads"),  # of stage two, and said before stage one has begun
+        ("stage_one=emoji/nothing", "emoji/nothing"),
+        ("cache=/nowhere", "stage_one=emoji/speedrun_autoencoder"),
+        ("trainer.devices=2", "one device"),
+    ],
+)
+def test_what_is_wrong_with_either_stage_is_said_before_the_first_step(
+    setting: str, said: str, shapes: Path, clip: Path, tmp_path: Path, tiny_stage_one: None, capsys: Any
+) -> None:
+    assert door(train, speedrun(shapes, clip, tmp_path / "run", setting)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_cached_of_an_autoencoder_that_is_yet_to_come(tmp_path: Path, capsys: Any) -> None:
+    assert main(["precompute", "experiment=emoji/speedrun", f"output={tmp_path / 'cache'}"]) == 2
+    assert "not trained yet; give autoencoder.weights=RUN stage_one=null" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_unet_learns_by_the_curve_on_fixed_noise(stage_two: Path) -> None:
     # Velocity of unit variance: 1.0 is what predicting nothing scores; measured 0.52 at step 50 and 0.47 at step 200.
     curve = column(stage_two, "val/mse")
@@ -306,12 +372,12 @@ def test_wandb_works_offline_and_says_where_it_wrote(shapes: Path, tmp_path: Pat
     assert "wandb sync" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("experiment", ["emoji/autoencoder", "emoji/diffusion"])
+@pytest.mark.parametrize("experiment", ["emoji/autoencoder", "emoji/diffusion", "emoji/speedrun"])
 def test_the_experiments_start_from_the_embedded_data_with_no_further_argument(experiment: str) -> None:
     cfg, resume = compose([f"experiment={experiment}", "cache=false"])
     assert resume is None
     module, data, options = build(cfg)
-    assert len(data.train) == {"emoji/autoencoder": 5969, "emoji/diffusion": 179}[experiment]
+    assert len(data.train) == {"emoji/autoencoder": 5969, "emoji/diffusion": 179, "emoji/speedrun": 731}[experiment]
     assert options["trainer"]["max_steps"] == cfg.trainer.max_steps
     item = data.train_set[0]
     assert item["image"].shape == (3, 128, 128)

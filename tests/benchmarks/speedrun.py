@@ -1,0 +1,151 @@
+"""How long until it works? ``train.py experiment=emoji/speedrun``, beside it the usual loop over diffusers' modules.
+
+    python -m tests.benchmarks.speedrun outputs/speedrun    # trains what is not there yet, scores, writes the table
+    python -m tests.benchmarks.speedrun outputs/other experiment=emoji/speedrun trainer.max_steps=100  # writes none
+
+Both take the same autoencoder, the one that the speedrun trains first, and its minutes. The other then trains as many
+minutes as our stage two did, with the choices of diffusers' ``train_text_to_image.py``: images and captions encoded
+at every step, ε and a plain squared error, no caption dropped, batches of 16, AdamW at a constant 1e-4 after 500
+steps, EMA to 0.9999, float32. Its UNet is diffusers', of the same widths, heads and levels with attention. Every
+checkpoint is scored by pair accuracy; each side takes the guidance that serves its last one best on training pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import ldm
+from ldm.checkpoint import MANIFEST
+from ldm.convert.diffusers import read_part
+from ldm.data import PositionSampler, TrainingSet, emoji_dataset
+from ldm.diffusion import Schedule
+from ldm.evaluation import Drawing, Judge, evaluate_pairs
+from ldm.evaluation.report import table
+from ldm.loading import load_autoencoder, load_text_encoder
+from ldm.pipeline import Defaults, LatentDiffusion
+from tests.benchmarks.common import machine, write
+
+DATA = "emoji200"
+SHARE = 0.4  # of the reference's pair accuracy: the aim
+GUIDANCE = (1.0, 1.5, 3.0)
+PARTS = 6  # checkpoints of the peer
+
+
+def ours(run: Path, arguments: list[str]) -> None:
+    """Train as a user does, unless that is done."""
+    if not (run / "checkpoints").exists():
+        subprocess.run([sys.executable, "train.py", *arguments, f"output={run}"], check=True)
+
+
+def minutes(run: Path) -> dict[Path, float]:
+    """The checkpoints of a speedrun, with the minutes since its stage one began."""
+    begin = (run / "autoencoder" / "environment.json").stat().st_mtime
+    found = sorted(run.glob(f"checkpoints/*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    return {path.parent: (path.stat().st_mtime - begin) / 60 for path in found}
+
+
+def peer(run: Path, first: float, last: float) -> dict[Path, float]:
+    """diffusers' loop on the speedrun's autoencoder, from minute ``first`` to ``last``; its UNets and minutes."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    folder = run / "peer"
+    done = folder / "minutes.json"
+    if done.is_file():
+        return {folder / name: minute for name, minute in json.loads(done.read_text()).items()}
+    own = ldm.load(run).unet.arguments
+    levels = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in own["attention"]]
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=tuple(own["widths"]), layers_per_block=own["num_blocks"],
+        cross_attention_dim=own["context_dim"], attention_head_dim=tuple(own["num_heads"]),  # their number
+        down_block_types=tuple(levels), up_block_types=tuple(level.replace("Down", "Up") for level in levels[::-1]),
+    ).train()  # fmt: skip
+    ema = EMAModel(unet.parameters(), decay=0.9999)
+    adam = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, (step + 1) / 500))
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02)
+    autoencoder, text = load_autoencoder(run / "autoencoder"), load_text_encoder("emoji")
+    images = TrainingSet(emoji_dataset(DATA, "train"), 0, 128, 128, False, False)
+    loader = torch.utils.data.DataLoader(images, 16, sampler=PositionSampler(16, 0, 10**9, 0, 1, 1))
+    start, written, found = time.monotonic(), 0, {}
+    for step, batch in enumerate(loader, 1):
+        with torch.no_grad():
+            posterior = autoencoder.posterior(batch["image"])
+            z = autoencoder.normalise(posterior.mean + posterior.std * torch.randn_like(posterior.mean))
+            context = text(batch["caption"])
+        noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),))
+        prediction = unet(scheduler.add_noise(z, noise, t), t, context).sample
+        torch.nn.functional.mse_loss(prediction, noise).backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        adam.step()
+        rate.step()
+        adam.zero_grad()
+        ema.step(unet.parameters())
+        spent = (time.monotonic() - start) / 60
+        if spent >= (last - first) * (written + 1) / PARTS:
+            written += 1
+            ema.store(unet.parameters())
+            ema.copy_to(unet.parameters())
+            unet.save_pretrained(folder / f"step-{step}")
+            ema.restore(unet.parameters())
+            found[f"step-{step}"] = first + spent
+            sys.stderr.write(f"peer: {step} steps in {spent:.1f} minutes\n")
+        if written == PARTS:
+            break
+    done.write_text(json.dumps(found))
+    return {folder / name: minute for name, minute in found.items()}
+
+
+def load_peer(folder: Path) -> LatentDiffusion:
+    """A peer's UNet in our model, to be sampled and scored as ours."""
+    autoencoder = load_autoencoder(folder.parents[1] / "autoencoder")
+    unet = read_part(folder, "unet", "main", False)[0]
+    parts = (unet.eval().requires_grad_(False), autoencoder, load_text_encoder("emoji"))
+    return LatentDiffusion(*parts, Schedule("linear"), "epsilon", Defaults("trailing", 1.0, 128, 128))  # type: ignore[arg-type]
+
+
+def main(arguments: list[str]) -> None:
+    """Train, score, and write docs/speedrun.md unless other settings are given."""
+    run, given = Path(arguments[0]), arguments[1:]
+    ours(run, given or ["experiment=emoji/speedrun"])
+    own = minutes(run)
+    first = max(path.stat().st_mtime for path in run.glob(f"autoencoder/checkpoints/*/{MANIFEST}"))
+    first = (first - (run / "autoencoder" / "environment.json").stat().st_mtime) / 60
+    other = peer(run, first, max(own.values()))
+    judge = Judge(DATA)
+    rows: list[list[object]] = []
+    reached: dict[str, float] = {}
+    for name, checkpoints, load in (("ours", own, ldm.load), ("diffusers' loop", other, load_peer)):
+        last = load(list(checkpoints)[-1])
+        tried = {g: evaluate_pairs(last, DATA, "train", None, Drawing(1, 20, g), judge).scores for g in GUIDANCE}
+        best = max(tried, key=lambda g: float(tried[g].figures()["pair accuracy"].value))
+        for folder, minute in checkpoints.items():
+            drawing = Drawing(3, 20, best)
+            held = evaluate_pairs(load(folder), DATA, "heldout_pairs", None, drawing, judge)
+            seen = evaluate_pairs(load(folder), DATA, "train", None, drawing, judge)
+            accuracy, aim = (each.figures()["pair accuracy"].value for each in (held.scores, held.reference))
+            if accuracy >= SHARE * aim:
+                reached.setdefault(name, minute)
+            figures = [held.figures[key] for key in ("pair accuracy", "concept R@1", "concept R@5", "style accuracy")]
+            rows.append([name, f"{minute:.1f}", best, *figures, f"{accuracy / aim:.2f}", seen.figures["pair accuracy"]])
+            sys.stderr.write(f"{rows[-1]}\n")
+    heads = ["", "minutes", "guidance", "held out: pair accuracy", "concept R@1", "R@5", "style", "of the reference",
+             "training pairs: pair accuracy"]  # fmt: skip
+    said = {name: f"after {reached[name]:.0f} minutes" if name in reached else "not reached" for name in
+            ("ours", "diffusers' loop")}  # fmt: skip
+    where = (f"{machine()}. Stage one {first:.1f} minutes of each. Three pictures a pair, 20 DDIM steps. "
+             f"{SHARE} of the reference: {'; '.join(f'{name} {when}' for name, when in said.items())}.")  # fmt: skip
+    content = [where, "", table(heads, rows)]
+    sys.stdout.write("\n".join(content) + "\n")
+    if not given:
+        write("speedrun.md", "speedrun", content)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
