@@ -326,13 +326,13 @@ def test_precision_auto_takes_bfloat16_where_a_product_is_half_again_as_fast_and
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    monkeypatch.setattr(precision, "seconds", lambda dtype: {torch.bfloat16: bfloat16, torch.float32: 2.0}[dtype])
+    monkeypatch.setattr(precision, "faster_in_bfloat16", lambda: 2.0 / bfloat16)
     monkeypatch.setenv("LDM_PRECISION", "")  # so that it is as before afterwards
     monkeypatch.delenv("LDM_PRECISION")
     assert door(train, command("diffusion", tmp_path / "run", 2, "trainer.precision=auto")) == 0
     layout = "plain layout" if chosen == "bf16-mixed" else "channels-last"
     assert f"on cpu in {chosen}, {layout}\n" in capsys.readouterr().out
-    monkeypatch.setattr(precision, "seconds", lambda dtype: 1.0)  # another machine would choose float32
+    monkeypatch.setattr(precision, "faster_in_bfloat16", lambda: 1.0)  # another machine would choose float32
     monkeypatch.delenv("LDM_PRECISION")
     assert door(train, [f"resume={tmp_path / 'run'}", "trainer.max_steps=3"]) == 0
     assert f"on cpu in {chosen}," in capsys.readouterr().out
@@ -345,7 +345,7 @@ def test_an_explicit_precision_is_left_alone() -> None:
 
 def test_the_ranks_that_a_first_one_starts_take_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDM_PRECISION", "bf16-mixed")
-    monkeypatch.setattr(precision, "seconds", lambda dtype: 1.0)
+    monkeypatch.setattr(precision, "faster_in_bfloat16", lambda: 1.0)
     assert resolve_precision("auto", "cpu") == "bf16-mixed"
 
 
