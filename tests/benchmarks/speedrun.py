@@ -13,6 +13,8 @@ checkpoint is scored by pair accuracy; each side takes the guidance that serves 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -139,8 +141,9 @@ def main(arguments: list[str]) -> None:
     heads = ["held-out pairs", "minutes", *SHOWN, "of the reference"]
     said = {name: f"after {reached[name]:.0f} minutes" if name in reached else "not reached" for name in
             ("ours", "diffusers' loop")}  # fmt: skip
+    here = re.sub(r"\d+ threads", f"{os.cpu_count()} threads in training", machine())  # scored with any number
     where = (
-        f"{machine()}. Stage one {first:.1f} minutes of each. 20 DDIM steps, {', '.join(guided)}; three pictures of a "
+        f"{here}. Stage one {first:.1f} minutes of each. 20 DDIM steps, {', '.join(guided)}; three pictures of a "
         f"held-out pair, one of a training pair. "
         f"{SHARE} of the reference: {'; '.join(f'{name} {when}' for name, when in said.items())}."
     )
