@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,19 +26,22 @@ import torch
 import ldm
 from ldm.checkpoint import MANIFEST
 from ldm.convert.diffusers import read_part
-from ldm.data import PositionSampler, TrainingSet, emoji_dataset
+from ldm.data import STYLES, PositionSampler, TrainingSet, emoji_dataset
 from ldm.diffusion import Schedule
 from ldm.evaluation import Drawing, Judge, evaluate_pairs
 from ldm.evaluation.report import table
 from ldm.loading import load_autoencoder, load_text_encoder
 from ldm.pipeline import Defaults, LatentDiffusion
-from tests.benchmarks.common import machine, write
+from tests.benchmarks.common import DOCS, machine, write
+from tests.tools.gallery import Sheet
 
 DATA = "emoji200"
 SHARE = 0.4  # of the reference's pair accuracy: the aim
 GUIDANCE = (1.0, 1.5, 3.0)
+STEPS = 10  # of DDIM
 SHOWN = ("pair accuracy", "concept R@1", "concept R@5", "style accuracy", "KID-EffNet")
-PARTS = 6  # checkpoints of the peer
+THINGS = ("red apple", "rocket", "pizza", "cat", "sunflower", "sailboat")  # in the picture
+PARTS = 3  # checkpoints of the peer
 
 
 def ours(run: Path, arguments: list[str]) -> None:
@@ -113,6 +117,19 @@ def load_peer(folder: Path) -> LatentDiffusion:
     return LatentDiffusion(*parts, Schedule("linear"), "epsilon", Defaults("trailing", 1.0, 128, 128))  # type: ignore[arg-type]
 
 
+def picture(lasts: Mapping[str, LatentDiffusion], guidance: Mapping[str, float]) -> None:
+    """What both draw in the end, from the same prompts, into docs/images."""
+    sheet = Sheet()
+    for thing in THINGS:
+        prompts = [f"a {thing}, {style} style" for style in STYLES]
+        drawn = [
+            model.sample(prompts, seed=list(range(len(prompts))), steps=STEPS, guidance_scale=guidance[name]).images
+            for name, model in lasts.items()
+        ]
+        sheet.add(f"{thing}: {' | '.join(lasts)}", torch.cat(drawn))
+    sheet.write(DOCS / "images" / "speedrun.jpg")
+
+
 def main(arguments: list[str]) -> None:
     """Train, score, and write docs/speedrun.md unless other settings are given."""
     run, given = Path(arguments[0]), arguments[1:]
@@ -124,26 +141,28 @@ def main(arguments: list[str]) -> None:
     judge = Judge(DATA)
     rows: list[list[object]] = []
     reached: dict[str, float] = {}
-    guided: list[str] = []
+    guidance: dict[str, float] = {}
+    lasts: dict[str, LatentDiffusion] = {}
     for name, checkpoints, load in (("ours", own, ldm.load), ("diffusers' loop", other, load_peer)):
         last = load(list(checkpoints)[-1])
-        tried = {g: evaluate_pairs(last, DATA, "train", None, Drawing(1, 20, g), judge).figures for g in GUIDANCE}
+        tried = {g: evaluate_pairs(last, DATA, "train", None, Drawing(1, STEPS, g), judge).figures for g in GUIDANCE}
         best = max(tried, key=lambda g: (tried[g]["pair accuracy"].value, tried[g]["concept R@5"].value))
         for folder, minute in checkpoints.items():
-            held = evaluate_pairs(load(folder), DATA, "heldout_pairs", None, Drawing(3, 20, best), judge)
+            held = evaluate_pairs(load(folder), DATA, "heldout_pairs", None, Drawing(3, STEPS, best), judge)
             accuracy, aim = (each.figures()["pair accuracy"].value for each in (held.scores, held.reference))
             if accuracy >= SHARE * aim:
                 reached.setdefault(name, minute)
             rows.append([name, f"{minute:.1f}", *(held.figures[key] for key in SHOWN), f"{accuracy / aim:.2f}"])
             sys.stderr.write(f"{rows[-1]}\n")
         rows.append([f"{name}, at its end, training pairs", "", *(tried[best][key] for key in SHOWN), ""])
-        guided.append(f"{name} at guidance {best:g}")
+        guidance[name], lasts[name] = best, last
     heads = ["held-out pairs", "minutes", *SHOWN, "of the reference"]
     said = {name: f"after {reached[name]:.0f} minutes" if name in reached else "not reached" for name in
             ("ours", "diffusers' loop")}  # fmt: skip
+    guided = ", ".join(f"{scale:g} for {name}" for name, scale in guidance.items())
     here = re.sub(r"\d+ threads", f"{os.cpu_count()} threads in training", machine())  # scored with any number
     where = (
-        f"{here}. Stage one {first:.1f} minutes of each. 20 DDIM steps, {', '.join(guided)}; three pictures of a "
+        f"{here}. Stage one {first:.1f} minutes of each. {STEPS} DDIM steps, guidance {guided}; three pictures of a "
         f"held-out pair, one of a training pair. "
         f"{SHARE} of the reference: {'; '.join(f'{name} {when}' for name, when in said.items())}."
     )
@@ -151,6 +170,7 @@ def main(arguments: list[str]) -> None:
     sys.stdout.write("\n".join(content) + "\n")
     if not given:
         write("speedrun.md", "speedrun", content)
+        picture(lasts, guidance)
 
 
 if __name__ == "__main__":
