@@ -37,10 +37,7 @@ def choose(name: str, device: torch.device) -> str:
 
 @cache
 def faster_in_bfloat16() -> float:
-    """How much faster a product of square matrices is in bfloat16 than in float32 on the CPU; measured once a process.
-
-    Both take turns, and the best of each counts: whatever else runs for a moment must not decide.
-    """
+    """How much faster the CPU multiplies matrices so; in turns, as a busy moment must not decide. Once a process."""
     a, b = (torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     turns = [(timeit.timeit(lambda: a @ a, number=1), timeit.timeit(lambda: b @ b, number=1)) for _ in range(20)]
     full, half = map(min, zip(*turns, strict=True))

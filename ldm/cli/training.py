@@ -76,10 +76,7 @@ def train(arguments: list[str]) -> int:
 
 
 def _autoencoder_first(cfg: Any) -> int:
-    """Train ``stage_one``, or go on with it, in the run's own folder, and let stage two take it; returns its exit code.
-
-    Stage two is built before it once, over ``autoencoder.weights``, so that what is wrong there is said at once.
-    """
+    """Train ``stage_one``, or go on with it, into the run's own folder, for stage two; returns its exit code."""
     from omegaconf import OmegaConf
 
     from ldm.training.speed import num_devices
@@ -87,7 +84,7 @@ def _autoencoder_first(cfg: Any) -> int:
     if (devices := num_devices(cfg.trainer)) > 1 or isinstance(cfg.cache, str):
         rule = f"one device and no cache of its own (here {devices} and cache={cfg.cache}); set stage_one=null"
         raise ValueError(f"stage_one={cfg.stage_one} trains both stages on {rule}, autoencoder.weights=RUN")
-    build(cfg, cached=False)
+    build(cfg, cached=False)  # over the autoencoder that it names, so that what is wrong with stage two is said at once
     run = Path(cfg.output) / "autoencoder"
     begun = (run / "checkpoints").exists()
     given = [f"resume={run}"] if begun else [f"experiment={cfg.stage_one}", f"seed={cfg.seed}", f"output={run}"]

@@ -153,7 +153,7 @@ def main(arguments: list[str]) -> None:
             if accuracy >= SHARE * aim:
                 reached.setdefault(name, minute)
             rows.append([name, f"{minute:.1f}", *(held.figures[key] for key in SHOWN), f"{accuracy / aim:.2f}"])
-            sys.stderr.write(f"{rows[-1]}\n")
+            sys.stderr.write(f"{', '.join(map(str, rows[-1]))}\n")
         rows.append([f"{name}, at its end, training pairs", "", *(tried[best][key] for key in SHOWN), ""])
         guidance[name], lasts[name] = best, last
     heads = ["held-out pairs", "minutes", *SHOWN, "of the reference"]
