@@ -7,12 +7,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm import randomness
 from ldm.autoencoder import Adversarial, Autoencoder, CalibratedLoss
 from ldm.autoencoder.autoencoder import DOWNSAMPLING
 from ldm.checkpoint import Contents
 from ldm.data import BadSample, ShardDataset, decode_image, to_tensor
 from ldm.evaluation.reconstruction import ACTIVE, psnr
+from ldm.training import draws
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
@@ -49,18 +49,19 @@ class AutoencoderTraining(pl.LightningModule):
             autoencoder.encoder.requires_grad_(False)
             autoencoder.to_moments.requires_grad_(False)
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
+        self.draws = partial(
+            draws.stage_one, seed, autoencoder.latent_channels, latent_noise > 0.0
+        )  # of a batch, on a CPU
         self.ema = EMA(autoencoder, ema_decay)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         """Encode → draw the latents → decode → loss → log."""
         x = batch["image"]
         posterior = self.autoencoder.posterior(x)
-        noise = randomness.normals(self.seed, "posterior", batch["position"], posterior.mean)
-        m = posterior.mean + posterior.std * noise
+        m = posterior.mean + posterior.std * batch["posterior"].to(posterior.mean.dtype)
         if self.latent_noise:
-            seeded = partial(randomness.normals, self.seed, positions=batch["position"])
-            level = self.latent_noise * seeded("latent_noise_level", like=m[:, :1, :1, :1])
-            m = m + level * self.autoencoder.latent_std[:, None, None] * seeded("latent_noise", like=m)
+            level, noise = self.latent_noise * batch["level"].to(m.dtype), batch["latent_noise"].to(m.dtype)
+            m = m + level * self.autoencoder.latent_std[:, None, None] * noise
         reconstruction = self.autoencoder.decode_raw(m)
         parts = self.loss(x, reconstruction, posterior)
         loss, error = parts.pop("loss"), parts["nll"]

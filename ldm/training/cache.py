@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from ldm.autoencoder import Autoencoder
@@ -23,7 +24,6 @@ from ldm.data import BadSample, FixedSet, ShardDataset, TrainingSet, captions
 from ldm.data.sets import first_good
 from ldm.data.shards import write_atomically
 from ldm.text import TextEncoder
-from ldm.text.encoder import MAX_TOKENS
 
 PART = 1024  # samples a file: half a gigabyte at 512×512, and what a killed run does again
 AGAIN = "make it again with the same ldm precompute"
@@ -67,7 +67,7 @@ class CachedSet(Dataset[dict[str, Any]]):
         return len(self.items.samples)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """``moments`` (2, 4, h/8, w/8), ``context`` (77, d), ``key``, ``position``, ``substituted``."""
+        """``moments`` (2, 4, h/8, w/8), ``context`` (its own tokens, d), ``key``, ``position``, ``substituted``."""
 
         def read(number: int) -> dict[str, Any]:
             part, row = self.cache.part(number // self.cache.size), number % self.cache.size
@@ -78,10 +78,17 @@ class CachedSet(Dataset[dict[str, Any]]):
                 choice = self.items.choose(position, len(contexts))
                 variant, flip = choice.variant, choice.flip
             moments, context = part.checked(f"moments {row} {int(flip)}"), part.checked(f"context {contexts[variant]}")
-            padded = torch.cat([context, context.new_zeros(MAX_TOKENS - len(context), context.shape[1])])
-            return {"moments": moments, "context": padded, "key": key, "position": position}
+            return {"moments": moments, "context": context, "key": key, "position": position}
 
         return first_good(self.items.candidates(position), read)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch; contexts, padded by zeros, have the length of the longest: a fifth of what 77 tokens are to move."""
+    batch = default_collate([{k: v for k, v in item.items() if k != "context"} for item in items])
+    if "context" in items[0]:
+        batch["context"] = pad_sequence([item["context"] for item in items], batch_first=True)
+    return batch
 
 
 class Encoding:

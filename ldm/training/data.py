@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
 from ldm.data.buckets import check_sizes
 from ldm.data.sets import check_policy
 from ldm.text import TextEncoder
-from ldm.training.cache import CachedSet, Encoding
+from ldm.training.cache import CachedSet, Encoding, collate
 from ldm.training.checkpointing import no_pickle
 from ldm.training.guard import ignore_signals
+
+
+def drawn(draws: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch with what its samples draw, made by the process that reads them."""
+    return draws(collate(items))
 
 
 class DataModule(pl.LightningDataModule):
@@ -109,6 +115,7 @@ class DataModule(pl.LightningDataModule):
             self.train_set,
             batch_size=positions.micro,
             sampler=positions,
+            collate_fn=partial(drawn, trainer.lightning_module.draws),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals,
@@ -118,4 +125,9 @@ class DataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The fixed validation images, in order."""
         assert self.validation_set is not None
-        return DataLoader(self.validation_set, batch_size=16)
+        return DataLoader(self.validation_set, batch_size=16, collate_fn=collate)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Positions stay on the CPU: who asks a GPU for them waits for all that it has been given to do."""
+        positions = batch.pop("position")
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "position": positions}

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import randomness
@@ -14,6 +15,8 @@ from ldm.checkpoint import Contents
 from ldm.diffusion import Draw, Objective, min_snr_weight, per_sample_error, target
 from ldm.diffusion.schedule import per_image
 from ldm.pipeline import LatentDiffusion
+from ldm.text.encoder import MAX_TOKENS
+from ldm.training import draws
 from ldm.training.alignment import Alignment
 from ldm.training.checkpointing import no_pickle
 from ldm.training.ema import EMA
@@ -46,8 +49,12 @@ class DiffusionTraining(pl.LightningModule):
         if not any(factors(self.unet)):  # of a LoRA, which alone are trained
             self.unet.requires_grad_(True)
         self._frozen = [model]  # in a list, so that the frozen parts are not taken for parameters of this module
-        self.optimizer, self.objective, self.seed = optimizer, objective, seed
-        self.caption_dropout = caption_dropout
+        self.optimizer, self.objective, self.seed, self.caption_dropout = optimizer, objective, seed, caption_dropout
+        steps, channels = model.schedule.num_steps, model.autoencoder.latent_channels
+        self.draws = partial(draws.stage_two, seed, channels, objective, steps, caption_dropout)  # of a batch
+        weight = min_snr_weight(model.schedule.log_snr(torch.arange(steps)), model.prediction, objective.min_snr)
+        of_times = [f(torch.arange(steps)) for f in (model.schedule.alpha, model.schedule.sigma)]
+        self._tables = torch.stack([*of_times, weight.double()])  # α, σ, weight: (3, steps), where the UNet is
         self.ema = EMA(self.unet, ema_decay, power)
         self.alignment = Alignment(model.unet, repa) if repa else None
 
@@ -63,14 +70,15 @@ class DiffusionTraining(pl.LightningModule):
         return model
 
     def on_fit_start(self) -> None:
-        """The frozen parts go where the UNet is."""
+        """The frozen parts go where the UNet is, and what is looked up there by a time."""
         self.model.to(self.device)
+        self._tables = self._tables.to(self.device)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         """Encode → drop captions → draw t and noise → loss → log."""
         z, context = self.encode(batch)
-        context = self.drop_captions(context, batch["position"])
-        drawn = self.objective.draw(self.seed, batch["position"], z, self.model.schedule.num_steps)
+        context = self.drop_captions(context, batch["dropped"])
+        drawn = self.draw(batch, z)
         error, weight = self.error(self.unet, z, drawn, context)
         loss = (weight * error).mean()
         if self.alignment is not None:
@@ -84,30 +92,34 @@ class DiffusionTraining(pl.LightningModule):
         """Latents (n, 4, h/8, w/8), drawn from the posterior unless not ``noisy``, and context (n, 77, d)."""
         if "moments" in batch:
             mean, std = batch["moments"].unbind(1)
-            context = batch["context"]
+            context = F.pad(batch["context"], (0, 0, 0, MAX_TOKENS - batch["context"].shape[1]))
         else:
             with torch.no_grad():
                 posterior = self.model.autoencoder.posterior(batch["image"])
             mean, std = posterior.mean, posterior.std
             context = self.model.text_encoder(batch["caption"])
         if noisy:
-            mean = mean + std * randomness.normals(self.seed, "posterior", batch["position"], mean)
+            mean = mean + std * batch["posterior"].to(mean.dtype)
         return self.model.autoencoder.normalise(mean), context
 
-    def drop_captions(self, context: Tensor, positions: Tensor) -> Tensor:
+    def drop_captions(self, context: Tensor, dropped: Tensor) -> Tensor:
         """Replace the context of a share of the samples by the null context: what guidance needs (2207.12598)."""
-        rows = [randomness.uniform(self.seed, "caption dropout", p)[0] for p in positions.tolist()]
-        drop = torch.as_tensor(np.array(rows) < self.caption_dropout, device=context.device)
-        self.log("train/dropped_captions", drop.float().mean())
-        return torch.where(drop[:, None, None], self.model.null_context.to(context), context)
+        self.log("train/dropped_captions", dropped.float().mean())
+        return torch.where(dropped[:, None, None], self.model.null_context.to(context), context)
+
+    def draw(self, batch: dict[str, Any], z: Tensor) -> Draw:
+        """Times and noise of the samples of a batch."""
+        if "eps" not in batch:  # their latents decide
+            return self.objective.draw(self.seed, batch["position"], z, self.model.schedule.num_steps)
+        return Draw(batch["t"], batch["eps"].to(z.dtype), batch["added"].to(z.dtype))
 
     def error(self, unet: torch.nn.Module, z: Tensor, drawn: Draw, context: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of each sample's prediction, and its weight: (n,), (n,)."""
-        schedule, kind, (t, eps, added) = self.model.schedule, self.model.prediction, drawn
-        alpha, sigma = (per_image(f(t.cpu()), z) for f in (schedule.alpha, schedule.sigma))
-        prediction = unet(schedule.add_noise(z, added, t), t, context)
-        weight = min_snr_weight(schedule.log_snr(t.cpu()), kind, self.objective.min_snr).to(z)
-        return per_sample_error(prediction, target(kind, z, eps, alpha, sigma)), weight
+        t, eps, added = drawn
+        alpha, sigma, weight = self._tables[:, t].to(z)
+        alpha, sigma = per_image(alpha, z), per_image(sigma, z)
+        prediction = unet(alpha * z + sigma * added, t, context)  # z_t: Schedule.add_noise, without a wait for t
+        return per_sample_error(prediction, target(self.model.prediction, z, eps, alpha, sigma)), weight
 
     def validation_step(self, batch: dict[str, Any]) -> None:
         """Error on fixed (image, t, ε), by range of timesteps, raw and EMA: a curve that can be read."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.cli import train
@@ -30,6 +31,7 @@ from ldm.cli.settings import value_of
 from ldm.cli.training import build, compose
 from ldm.data import PositionSampler
 from ldm.evaluation.report import table
+from ldm.training.cache import collate
 from ldm.training.callbacks import Speed
 from ldm.unet import UNet
 from tests.benchmarks.common import gemm_peak, machine, write
@@ -150,9 +152,15 @@ def theirs(pipe: Connection, arguments: list[str], how: Mapping[str, bool]) -> N
         getattr(module.model.autoencoder, f"latent_{name}").to(DEVICE)[:, None, None] for name in ("mean", "std")
     )
     null, gate = module.model.null_context.to(DEVICE), Gate(pipe)
-    positions = PositionSampler(cfg.data.batch_size, 0, NEVER, 0, 1, 1)
+    batch_size = cfg.data.batch_size
+    positions = PositionSampler(batch_size, 0, NEVER, 0, 1, 1)
     loader = torch.utils.data.DataLoader(
-        data.train_set, cfg.data.batch_size, sampler=positions, num_workers=cfg.data.num_workers, pin_memory=GPU
+        data.train_set,
+        batch_size,
+        sampler=positions,
+        num_workers=cfg.data.num_workers,
+        pin_memory=GPU,
+        collate_fn=collate,
     )
     for batch in loader:
         gate()
@@ -160,7 +168,8 @@ def theirs(pipe: Connection, arguments: list[str], how: Mapping[str, bool]) -> N
         z = (means + stds * torch.randn_like(means) - mean) / std
         noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),), device=DEVICE)
         dropped = torch.rand(len(z), device=DEVICE)[:, None, None] < 0.1
-        context = torch.where(dropped, null, batch["context"].to(DEVICE))
+        context = batch["context"].to(DEVICE)
+        context = torch.where(dropped, null, F.pad(context, (0, 0, 0, null.shape[-2] - context.shape[1])))
         noisy, target = scheduler.add_noise(z, noise, t), scheduler.get_velocity(z, noise, t)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=how.get("autocast", False)):
             prediction = unet(noisy, t, context).sample
