@@ -55,17 +55,6 @@ def normal(seed: int, stream: str, position: int, shape: Sequence[int]) -> torch
 
 
 def normals(seed: int, stream: str, positions: Sequence[int] | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A row of standard normal numbers for each position, shaped (and placed) as the rows of ``like``.
-
-    For a GPU the CPU draws the bits alone, a third of the work; they become :func:`normal`'s numbers there.
-    """
+    """A row of standard normal numbers for each position, shaped (and placed) as the rows of ``like``."""
     places = positions.tolist() if isinstance(positions, torch.Tensor) else list(positions)
-    if like.device.type == "cpu":
-        return torch.stack([normal(seed, stream, p, like.shape[1:]) for p in places]).to(like.dtype)
-    count = math.prod(like.shape[1:])
-    pairs = (count + 1) // 2
-    words = np.stack([bits(seed, stream, p, 2 * pairs) for p in places]) >> np.uint64(11)
-    u = torch.from_numpy(words.view(np.int64)).to(like.device).double() * 2.0**-53
-    radius, angle = (-2.0 * torch.log1p(-u[:, :pairs])).sqrt(), 2.0 * math.pi * u[:, pairs:]
-    values = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
-    return values.to(torch.float32).to(like.dtype).reshape(len(places), *like.shape[1:])
+    return torch.stack([normal(seed, stream, p, like.shape[1:]) for p in places]).to(like.device, like.dtype)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from ldm import randomness
@@ -47,12 +46,3 @@ def test_integers_are_in_range_and_uniform() -> None:
 
 
 KNOWN = [17489529488533418800, 9110941997681468719]
-
-
-@pytest.mark.gpu
-def test_a_gpu_makes_the_same_normals_of_the_same_bits() -> None:
-    like = torch.empty(64, 4, 16, 16)
-    here, there = (randomness.normals(3, "noise", range(64), like.to(device)).cpu() for device in ("cpu", "cuda"))
-    # float64 rounded once: the two differ at a tie alone, by one last bit of float32.
-    torch.testing.assert_close(there, here, rtol=2**-22, atol=0.0)
-    assert (there != here).float().mean() < 1e-4

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ _NUMBERS = ("seed", "repa", "latent_noise", "lora.rank", "caption_dropout", "ema
             "checkpoint.keep", "validation.every", "validation.images", "samples.every")  # fmt: skip
 _EXTRAS = ("adversarial", "perceptual", "repa", "ema.power", "lora.rank", "stage_one")  # of which a plan knows nothing
 STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
+
+
+class OtherPrediction(UserWarning):
+    """The weights of ``init=`` predict something else."""
 
 
 def train(arguments: list[str]) -> int:
@@ -359,7 +364,12 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
             if cfg.init is not None:
                 from ldm.loading import load
 
-                _start(unet, load(cfg.init, device="cpu").unet.float(), "unet", cfg.init)
+                start = load(cfg.init, device="cpu")
+                _start(unet, start.unet.float(), "unet", cfg.init)
+                its, own = ((m.prediction, m.schedule.arguments["name"]) for m in (start, model))
+                if its != own:  # it may be meant: a network can learn another prediction
+                    said = f"init={cfg.init} predicts {its[0]} on the path {its[1]}, here {own[0]} on {own[1]}"
+                    warnings.warn(f"{said}; diffusion=flow goes on with the bundled one", OtherPrediction, stacklevel=1)
             rank, power = cfg.get("lora", {}).get("rank"), list(cfg.get("ema", {}).get("power", []))
             if rank is not None:
                 if cfg.init is None or power:

@@ -37,7 +37,7 @@ from ldm.unet import UNet
 from tests.benchmarks.common import gemm_peak, machine, write
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE, HERE = ("cuda", "gpu") if GPU else ("cpu", "cpu")
 NEVER = 10**9
 WIDTHS = [128, 256, 320]
 OURS: dict[str, tuple[str, ...]] = (
@@ -203,10 +203,13 @@ def measure(workers: Mapping[str, tuple[Callable[..., None], Any]], rounds: int,
     for name, (run, arguments) in workers.items():
         pipes[name], end = spawn.Pipe()
         spawn.Process(target=run, args=(end, *arguments), daemon=not GPU).start()  # a daemon may have no workers
+        end.close()  # so that one that dies is missed at once
         if not GPU:
             pipes[name].recv()  # ready: one after the other, so that none disturbs another's start
-    for pipe in pipes.values() if GPU else ():  # together: two of them compile for a minute
+    begun = time.perf_counter()
+    for name, pipe in pipes.items() if GPU else ():  # together: two of them compile for a minute
         pipe.recv()
+        sys.stderr.write(f"{name}: ready after {time.perf_counter() - begun:.0f} s\n")
     times: dict[str, list[float]] = {name: [] for name in pipes}
     memory = dict.fromkeys(pipes, 0.0)
     for turn in range(rounds + 1):
@@ -228,7 +231,7 @@ def main(arguments: list[str]) -> None:
     rounds, steps, batch, widths = {**usual, **given}.values()
     peaks = {name: _peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     workers: dict[str, tuple[Callable[..., None], Any]] = {
-        **{name: (theirs, (settings(batch, widths), how)) for name, how in THEIRS.items()},
+        **{name: (theirs, (settings(batch, widths, f"trainer={HERE}"), how)) for name, how in THEIRS.items()},
         **{name: (ours, (settings(batch, widths, *more),)) for name, more in OURS.items()},
     }
     # What compiles comes last: where a GPU's time is short, the eager pair has its row in the first minute.
