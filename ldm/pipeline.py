@@ -176,7 +176,8 @@ class LatentDiffusion:
         scale = request.guidance_scale(guidance_scale, model.defaults.guidance_scale, negatives)
         interval = request.interval(guidance_interval, model.schedule.num_steps)
         rescale = request.number("guidance_rescale", guidance_rescale, 0.0, 1.0)
-        sampler, grid, steps = request.plan(sampler, grid, steps, model.defaults.grid)
+        flow, own = isinstance(model.schedule, Flow), model.defaults.grid
+        sampler, grid, steps = request.plan(sampler, grid, steps, own, flow)
         run, times = request.sampler(sampler, eta), make_grid(grid, steps, model.schedule)
         checker = make_checker(safety)
         request.count("batch_size", batch_size)

@@ -187,14 +187,14 @@ def strength(value: Any, masked: bool, steps: int) -> int:
     return taken
 
 
-def plan(name: str, grid: str | None, steps: int | None, own_grid: str) -> tuple[str, str, int]:
+def plan(name: str, grid: str | None, steps: int | None, own_grid: str, flow: bool = False) -> tuple[str, str, int]:
     """The names of sampler and grid and the number of steps: what was given, or chosen by ``auto``."""
     if name != "auto":
         return name, own_grid if grid is None else grid, STEPS if steps is None else steps
     if grid is not None:
         raise ValueError(f"sampler=auto chooses the grid itself, and grid={grid} came; leave one out")
     steps = AUTO_STEPS if steps is None else count("steps", steps)
-    return *choose(steps), steps
+    return *choose(steps, flow), steps
 
 
 def sampler(name: str, eta: float) -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ CORE = (*SIBLINGS, "pipeline", "request", "samples", "checkpoint")
 AROUND = ("precision", "winograd", "prepack", "safety")  # what a picture can do without
 CORE_LINES = 3_000
 PACKAGE_LINES = 8_000  # the aim; missed since the house has what issue after issue asked for
-PACKAGE_LINES_TODAY = 11_218
+PACKAGE_LINES_TODAY = 11_222
 DOORS = ("ldm.cli", "train", "sample")
 
 # A room (the second word of a module's name) → the rooms it may import, itself besides. A room missing here has no

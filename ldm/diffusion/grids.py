@@ -106,10 +106,12 @@ def fitted(steps: int, schedule: NoisePath) -> np.ndarray:
 def _at(schedule: NoisePath, steps: int, place: Callable[[float, float, int], np.ndarray]) -> np.ndarray:
     """Times whose λ are ``place(low, high, n)``, then a clean image; the noisiest step comes first if its λ is -∞."""
     last = schedule.num_steps - 1
-    head = [float(last)] if math.isinf(schedule.log_snr(last).item()) else []
-    low, high = (schedule.log_snr(t).item() / 2.0 for t in (last - len(head), 0))
-    times = schedule.time(2.0 * place(low, high, steps - len(head))) if steps > len(head) else np.empty(0)
-    return np.concatenate([head, times, [-1.0]])
+    endless = math.isinf(schedule.log_snr(last).item())
+    low, high = (schedule.log_snr(t).item() / 2.0 for t in (last - endless, 0))
+    times = schedule.time(2.0 * place(low, high, steps))
+    if endless:  # in the place of the next: two so near tell a solver that extrapolates nothing but roundings
+        times[0] = last
+    return np.append(times, -1.0)
 
 
 GRIDS: dict[str, Callable[[int, NoisePath], np.ndarray]] = {

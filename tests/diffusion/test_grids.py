@@ -81,3 +81,12 @@ def test_the_tail_of_a_grid_is_the_rest_of_it() -> None:
     for first in (-1, 10):
         with pytest.raises(ValueError, match="0 to 9"):
             grid.tail(first)
+
+
+@pytest.mark.parametrize("name", ["logsnr", "fitted"])
+@pytest.mark.parametrize("schedule", [Schedule(zero_terminal=True), Flow()], ids=["zero", "flow"])
+def test_few_steps_are_not_spent_on_noise_alone(name: str, schedule: Schedule | Flow) -> None:
+    """The first step sees no image; a second beside it would see none either, and a solver extrapolate from both."""
+    times = make_grid(name, 3, schedule).times
+    assert times[0] == 999.0
+    assert float(schedule.alpha(times[1])) > 0.02

@@ -135,7 +135,9 @@ def test_workers_and_the_process_itself_read_the_same(shapes: Path, model: Laten
     made = encoding(ShardDataset(shapes), model)
     made.write(tmp_path)
     cached = CachedSet(TrainingSet(made.samples, 3, 32, 32, flip=True), made.open(tmp_path))
-    for one, other in zip(*(DataLoader(cached, 8, num_workers=n) for n in (0, 2)), strict=True):
+    for one, other in zip(
+        *(DataLoader(cached, 8, num_workers=n, collate_fn=caching.collate) for n in (0, 2)), strict=True
+    ):
         assert same(one, other)
 
 
