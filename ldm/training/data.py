@@ -103,6 +103,7 @@ class DataModule(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         assert self.train_set is not None
+        module: Any = trainer.lightning_module
         positions = PositionSampler(
             self.batch_size,
             trainer.global_step,
@@ -115,7 +116,7 @@ class DataModule(pl.LightningDataModule):
             self.train_set,
             batch_size=positions.micro,
             sampler=positions,
-            collate_fn=partial(drawn, trainer.lightning_module.draws),
+            collate_fn=partial(drawn, module.draws),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals,
