@@ -161,6 +161,14 @@ def test_a_lora_is_trained_resumed_and_opens_as_a_whole_model(small: list[str], 
     assert "lora.rank adapts the weights of init=MODEL" in capsys.readouterr().err
 
 
+def test_weights_that_predict_something_else_are_said_to(small: list[str], tmp_path: Path, capsys: Any) -> None:
+    base = run(small, tmp_path / "base", "trainer.max_steps=1")
+    capsys.readouterr()
+    for name, more, noted in (("same", [], False), ("other", ["diffusion=flow"], True)):
+        run(small, tmp_path / name, f"init={base}", *more, "trainer.max_steps=1")
+        assert ("predicts v on the path linear, here flow on flow" in capsys.readouterr().err) == noted
+
+
 # --------------------------------------------------------------------------------------------------------------- REPA
 
 
