@@ -366,10 +366,6 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
 
                 start = load(cfg.init, device="cpu")
                 _start(unet, start.unet.float(), "unet", cfg.init)
-                its, own = ((m.prediction, m.schedule.arguments["name"]) for m in (start, model))
-                if its != own:  # it may be meant: a network can learn another prediction
-                    said = f"init={cfg.init} predicts {its[0]} on the path {its[1]}, here {own[0]} on {own[1]}"
-                    warnings.warn(f"{said}; diffusion=flow goes on with the bundled one", OtherPrediction, stacklevel=1)
             rank, power = cfg.get("lora", {}).get("rank"), list(cfg.get("ema", {}).get("power", []))
             if rank is not None:
                 if cfg.init is None or power:
@@ -379,6 +375,11 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
                 raise ValueError(f"repa={repa} needs images, which the cache of latents has not; set cache=false")
             averaging = (cfg.ema_decay, cfg.seed, power)
             module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, *averaging, repa)
+            if cfg.init is not None:
+                its, own = ((m.prediction, m.schedule.arguments["name"]) for m in (start, model))
+                if its != own:  # it may be meant: a network can learn another prediction
+                    said = f"init={cfg.init} predicts {its[0]} on the path {its[1]}, here {own[0]} on {own[1]}"
+                    warnings.warn(f"{said}; diffusion=flow goes on with the bundled one", OtherPrediction, stacklevel=1)
             encoders = (autoencoder, text_encoder) if folder or (cfg.cache and cached) else None
     data.prepare(cfg.seed, encoders, cfg.validation.images, folder)
     options = {
