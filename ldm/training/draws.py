@@ -1,6 +1,6 @@
 """What each sample draws by (seed, position) alone, added to a batch where it is read.
 
-Made by the processes that read data, it costs a GPU no time: drawn in the step, it took longer than the step.
+Made by the processes that read data, so that no GPU waits for it (docs/scale.md).
 """
 
 from typing import Any

@@ -277,4 +277,4 @@ def test_auto_is_nearer_than_ddim_on_the_path_of_a_flow(steps: int) -> None:
 
     there = at("ddim", "trailing", 1000)
     ours, plain = (errors(at(*how, steps), there).median() for how in (choose(steps, flow=True), ("ddim", "trailing")))
-    assert ours < 0.6 * plain
+    assert ours < 0.6 * plain  # measured 0.43, 0.49 and 0.14
