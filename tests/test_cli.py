@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import ldm
 from ldm.cli import door, main, sample, train
 from ldm.cli.settings import configs, parse
-from ldm.cli.training import check_targets
+from ldm.cli.targets import check_targets
 from ldm.pipeline import LatentDiffusion
 from ldm.provenance import read_png
 from tests.conftest import tiny_model

@@ -13,7 +13,8 @@ import torch
 from ldm import checkpoint, randomness
 from ldm.autoencoder import Autoencoder
 from ldm.cli import door
-from ldm.cli.training import build, compose, doctor, train
+from ldm.cli.building import build
+from ldm.cli.training import compose, doctor, train
 from ldm.data import FixedSet, PositionSampler, ShardDataset, build_index, write_shard
 from ldm.experiments.doctor import checkpoint_bytes
 from tests.conftest import tiny_text

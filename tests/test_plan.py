@@ -126,6 +126,7 @@ def test_devices_are_given_by_either_name(capsys: Any) -> None:
 def test_what_a_plan_does_not_count_is_said(capsys: Any) -> None:
     out = said(capsys, "experiment=sd15/diffusion_256", "on=a100", "ema.power=[0.05,0.1]", "repa=0.5")
     assert "not counted: repa, ema.power\n" in out
+    assert "not counted: optimizer=muon\n" in said(capsys, "experiment=sd15/diffusion_256", "optimizer=muon", "on=a100")
     assert "not counted: adversarial\n" in said(capsys, "experiment=sd15/autoencoder", "on=a100")
     assert "not counted" not in said(capsys, "experiment=sd15/diffusion_256", "on=a100")
 

@@ -1,4 +1,4 @@
-"""``ldm train``: from a config to objects, and the only place where Hydra and OmegaConf work."""
+"""``ldm train``, ``plan``, ``doctor`` and ``precompute``, and how their configs are composed."""
 
 import json
 import os
@@ -6,11 +6,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.building import build, encoders
 from ldm.cli.commands import launch
 from ldm.cli.settings import OVERRIDE, configs, stamp, value_of
 from ldm.cli.targets import check_targets
@@ -20,14 +20,8 @@ _SETTINGS_OF_SPEED = ("trainer.max_steps", "trainer.devices", "trainer.accelerat
                       "trainer.timeout", "trainer.accumulate_grad_batches", "trainer.strategy", "trainer.channels_last",
                       "trainer.checkpointing", "trainer.compile", "data.num_workers", "checkpoint.", "validation.",
                       "samples.")  # fmt: skip
-_NUMBERS = ("seed", "repa", "latent_noise", "lora.rank", "caption_dropout", "ema_decay", "clip", "checkpoint.every",
-            "checkpoint.keep", "validation.every", "validation.images", "samples.every")  # fmt: skip
 _EXTRAS = ("adversarial", "perceptual", "repa", "ema.power", "lora.rank", "stage_one")  # of which a plan knows nothing
 STOPPED_ITSELF = 3  # the exit code of a training that stopped for a fault of its own
-
-
-class OtherPrediction(UserWarning):
-    """The weights of ``init=`` predict something else."""
 
 
 def train(arguments: list[str]) -> int:
@@ -171,7 +165,8 @@ def plan(arguments: list[str]) -> None:
     work, memory, seconds = planning.Training(
         network, frozen, encode, size, batch, devices, trainer["accumulate_grad_batches"], trainer["strategy"] == "fsdp"
     ).on(device)
-    extras = ", ".join(key for key in _EXTRAS if OmegaConf.select(cfg, key))
+    muon = ["optimizer=muon"] if cfg.optimizer.get("method") == "muon" else []
+    extras = ", ".join([*(key for key in _EXTRAS if OmegaConf.select(cfg, key)), *muon])
     uncounted = f"not counted: {extras}\n" if extras else ""
     hours, parts = steps * seconds / 3600, ", ".join(f"{name} {part / 1e9:.2f}" for name, part in memory.items())
     sys.stdout.write(
@@ -224,7 +219,7 @@ def precompute(arguments: list[str]) -> None:
     data, folder = instantiate(cfg.data, _convert_="all"), Path(cfg.output)
     if world == 1 and (devices := num_devices(dict(cfg.trainer))) > 1:
         return launch("precompute", devices, arguments)
-    for name, encoding in data.encodings(_encoders(cfg), cfg.validation.images).items():
+    for name, encoding in data.encodings(encoders(cfg), cfg.validation.images).items():
         written, count = encoding.write(folder / name, rank, world), len(encoding.samples)
         sys.stdout.write(f"process {rank}: {written} parts of {folder / name} made ({count:,} samples in all)\n")
     if rank == 0:
@@ -273,122 +268,3 @@ def compose(arguments: Sequence[str]) -> tuple[Any, Path | None]:
             )
         OmegaConf.update(cfg, key, value_of(key, value))
     return cfg, run
-
-
-def _encoders(cfg: Any) -> tuple[Any, Any]:
-    """The frozen models of stage two, where the training will be, so that a cache is made there."""
-    import torch
-
-    from ldm.loading import load_autoencoder, load_text_encoder
-
-    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-    return load_autoencoder(cfg.autoencoder.weights).to(device), load_text_encoder(cfg.text.weights).to(device)
-
-
-def _start(network: Any, other: Any, name: str, init: str) -> None:
-    """Take over another network's weights; ValueError if the two are not of one size."""
-    own, its = ({k: v for k, v in each.arguments.items() if k != "dropout"} for each in (network, other))
-    if different := [f"{k} {v}, here {own[k]}" for k, v in its.items() if own[k] != v]:
-        size = f"give its size, which is {name}=emoji for the bundled one"
-        raise ValueError(f"init={init} has another {name}: {'; '.join(different)}; {size}")
-    network.load_state_dict(other.state_dict())
-
-
-def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
-    """The module, the data and what else a training takes, from its config."""
-    import torch
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    from ldm.diffusion import Objective
-    from ldm.loading import load_autoencoder
-    from ldm.pipeline import Defaults, LatentDiffusion
-    from ldm.training.autoencoder import AutoencoderTraining
-    from ldm.training.diffusion import DiffusionTraining
-    from ldm.training.guard import Limits
-    from ldm.training.lora import adapt
-    from ldm.training.run import Intervals, check_wandb
-
-    check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
-    for key in _NUMBERS:
-        if isinstance(value := OmegaConf.select(cfg, key), bool | str | Sequence | Mapping):
-            raise ValueError(f"{key}={value} must be a number")
-    for key in ("ema.power", "lora.targets"):
-        if OmegaConf.select(cfg, key) is not None and not OmegaConf.is_list(OmegaConf.select(cfg, key)):
-            raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be a list in brackets")
-    if cfg.stage not in ("autoencoder", "diffusion"):
-        raise ValueError(f"stage={cfg.stage} is unknown; choose autoencoder or diffusion")
-    check_wandb(OmegaConf.to_container(cfg.logger, resolve=True))
-    intervals = Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every)
-    if (shards := cfg.checkpoint.sharded) not in (False, True) or (shards and cfg.trainer.strategy != "fsdp"):
-        rule = "true or false, and true with trainer.strategy=fsdp alone; set checkpoint.sharded=false"
-        raise ValueError(f"checkpoint.sharded={shards}, trainer.strategy={cfg.trainer.strategy}: the rule is {rule}")
-    optimizer = instantiate(cfg.optimizer, _convert_="all")
-    data = instantiate(cfg.data, _convert_="all")
-    folder = Path(cfg.cache) if isinstance(cfg.cache, str) else None
-    loss = instantiate(cfg.loss, _convert_="all")
-    if isinstance(loss, Objective) != (cfg.stage == "diffusion"):
-        rule = "loss=diffusion" if cfg.stage == "diffusion" else "loss=gaussian or loss=laplace"
-        raise ValueError(f"stage={cfg.stage} with a loss of the other stage, {cfg.loss._target_}; choose {rule}")
-    stage_one = ("adversarial", "perceptual", "decoder_only", "latent_noise")
-    for key in ("lora.rank", "ema.power", "repa") if cfg.stage == "autoencoder" else stage_one:
-        if OmegaConf.select(cfg, key):
-            raise ValueError(f"{key} is not for stage={cfg.stage}; leave it out, or choose an experiment of the other")
-    module: AutoencoderTraining | DiffusionTraining
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)  # of the initial weights, and of nothing else
-        if cfg.stage == "autoencoder":
-            autoencoder = instantiate(cfg.autoencoder, _convert_="all")
-            decoder_only = cfg.get("decoder_only", False)
-            if (tau := cfg.get("latent_noise", 0.0)) and not (decoder_only and 0.0 < tau < 10.0):
-                raise ValueError(
-                    f"latent_noise={tau} is a number from 0 to 10, with decoder_only=true, which knows the scale"
-                )
-            if decoder_only and cfg.init is None:
-                raise ValueError("decoder_only=true keeps the encoder of init=MODEL: give one")
-            if cfg.init is not None:
-                _start(autoencoder, load_autoencoder(cfg.init), "autoencoder", cfg.init)
-            adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
-            perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
-            terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual, decoder_only, tau)
-            module = AutoencoderTraining(autoencoder, loss, optimizer, data.train, *terms)
-            encoders = None
-        else:
-            unet = instantiate(cfg.unet, _convert_="all")
-            autoencoder, text_encoder = _encoders(cfg)
-            defaults = Defaults(cfg.diffusion.grid, cfg.diffusion.guidance_scale, data.height, data.width)
-            schedule = instantiate(cfg.diffusion.schedule, _convert_="all")
-            prediction: Any = "epsilon" if cfg.diffusion.prediction == "eps" else cfg.diffusion.prediction
-            model = LatentDiffusion(unet, autoencoder, text_encoder, schedule, prediction, defaults)
-            if cfg.init is not None:
-                from ldm.loading import load
-
-                start = load(cfg.init, device="cpu")
-                _start(unet, start.unet.float(), "unet", cfg.init)
-            rank, power = cfg.get("lora", {}).get("rank"), list(cfg.get("ema", {}).get("power", []))
-            if rank is not None:
-                if cfg.init is None or power:
-                    raise ValueError("lora.rank adapts the weights of init=MODEL: give one, and no ema.power")
-                adapt(unet, rank, list(cfg.lora.targets))
-            if (repa := cfg.get("repa", 0.0)) and cfg.cache:
-                raise ValueError(f"repa={repa} needs images, which the cache of latents has not; set cache=false")
-            averaging = (cfg.ema_decay, cfg.seed, power)
-            module = DiffusionTraining(model, optimizer, loss, cfg.caption_dropout, *averaging, repa)
-            if cfg.init is not None:
-                its, own = ((m.prediction, m.schedule.arguments["name"]) for m in (start, model))
-                if its != own:  # it may be meant: a network can learn another prediction
-                    said = f"init={cfg.init} predicts {its[0]} on the path {its[1]}, here {own[0]} on {own[1]}"
-                    warnings.warn(f"{said}; diffusion=flow goes on with the bundled one", OtherPrediction, stacklevel=1)
-            encoders = (autoencoder, text_encoder) if folder or (cfg.cache and cached) else None
-    data.prepare(cfg.seed, encoders, cfg.validation.images, folder)
-    options = {
-        "trainer": OmegaConf.to_container(cfg.trainer, resolve=True),
-        "intervals": intervals,
-        "prompts": list(cfg.samples.prompts),
-        "loggers": [instantiate(logger, _convert_="all") for logger in cfg.logger.loggers],
-        "clip": cfg.clip,
-        "limits": Limits(**cfg.get("guard", {})),
-        "shards": shards,
-    }
-    return module, data, options

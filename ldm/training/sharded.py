@@ -35,9 +35,8 @@ class Sharded(DDPStrategy):
         trained = getattr(module, "unet", None)
         if not isinstance(trained, UNet):
             raise ValueError("trainer=fsdp is for the UNet of stage two; train the autoencoder with trainer=ddp")
-        if module.ema.power or module.alignment or any(factors(trained)) or module.optimizer.method == "muon":
-            rule = "does not go with ema.power, repa, lora.rank and optimizer=muon; take trainer=ddp for them"
-            raise ValueError(f"trainer=fsdp {rule}")
+        if module.ema.power or module.alignment or any(factors(trained)):
+            raise ValueError("trainer=fsdp does not go with ema.power, repa and lora.rank; take trainer=ddp for them")
         for unet in (trained, module.ema.average):
             for block in (m for m in unet.modules() if isinstance(m, Block)):
                 fully_shard(block)

@@ -11,6 +11,7 @@ On a machine with a GPU the variants are others, with ``torch.compile`` on both 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import statistics
@@ -27,8 +28,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.cli import train
+from ldm.cli.building import build
 from ldm.cli.settings import value_of
-from ldm.cli.training import build, compose
+from ldm.cli.training import compose
 from ldm.data import PositionSampler
 from ldm.evaluation.report import table
 from ldm.training.cache import collate
@@ -71,6 +73,7 @@ class Gate:
         self.pipe, self.left, self.start = pipe, 0, 0.0
 
     def __call__(self) -> None:
+        faulthandler.cancel_dump_traceback_later()  # it has started
         if self.left == 0:
             if GPU:
                 torch.cuda.synchronize()
@@ -152,12 +155,10 @@ def theirs(pipe: Connection, arguments: list[str], how: Mapping[str, bool]) -> N
         getattr(module.model.autoencoder, f"latent_{name}").to(DEVICE)[:, None, None] for name in ("mean", "std")
     )
     null, gate = module.model.null_context.to(DEVICE), Gate(pipe)
-    batch_size = cfg.data.batch_size
-    positions = PositionSampler(batch_size, 0, NEVER, 0, 1, 1)
     loader = torch.utils.data.DataLoader(
         data.train_set,
-        batch_size,
-        sampler=positions,
+        cfg.data.batch_size,
+        sampler=PositionSampler(cfg.data.batch_size, 0, NEVER, 0, 1, 1),
         num_workers=cfg.data.num_workers,
         pin_memory=GPU,
         collate_fn=collate,
@@ -196,13 +197,19 @@ def peer(widths: list[int], context_dim: int) -> Any:
     ).train()
 
 
+def start(run: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    """A process, which says where it is if it has not come to its first step after a minute."""
+    faulthandler.dump_traceback_later(60)
+    run(pipe, *arguments)
+
+
 def measure(workers: Mapping[str, tuple[Callable[..., None], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
     """Median seconds of a step and peak GB of each; interleaved, after a round that is not counted."""
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for name, (run, arguments) in workers.items():
         pipes[name], end = spawn.Pipe()
-        spawn.Process(target=run, args=(end, *arguments), daemon=not GPU).start()  # a daemon may have no workers
+        spawn.Process(target=start, args=(run, end, *arguments), daemon=not GPU).start()  # a daemon may have no workers
         end.close()  # so that one that dies is missed at once
         if not GPU:
             pipes[name].recv()  # ready: one after the other, so that none disturbs another's start

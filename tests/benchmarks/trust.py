@@ -15,7 +15,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from ldm.cli.training import build, compose
+from ldm.cli.building import build
+from ldm.cli.training import compose
 from ldm.evaluation.report import table
 from ldm.training.checkpointing import FolderIO
 from ldm.training.guard import Guard

@@ -127,11 +127,12 @@ def test_a_run_that_was_stopped_is_the_uninterrupted_one_to_the_bit(
     ("setting", "said"),
     [
         ("optimizer.method=sgd", "choose adamw or muon"),
+        ("trainer.strategy=fsdp", "take optimizer=adamw or trainer.strategy=ddp"),
         ("optimizer.newton_schulz=0", "a whole number from 1 to 10"),
         ("optimizer.newton_schulz=2.5", "a whole number from 1 to 10"),
     ],
 )
-def test_what_is_no_optimiser_is_one_line(
+def test_what_it_does_not_take_is_one_line(
     command: Command,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

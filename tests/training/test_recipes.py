@@ -13,7 +13,8 @@ import ldm
 from ldm import checkpoint
 from ldm.autoencoder import Autoencoder
 from ldm.cli import door, sample, train
-from ldm.cli.training import build, compose
+from ldm.cli.building import build
+from ldm.cli.training import compose
 from ldm.data import FixedSet, ShardDataset
 from ldm.diffusion import Flow, Objective
 from tests.conftest import tiny_text

@@ -20,7 +20,8 @@ import torch
 import ldm
 from ldm import checkpoint
 from ldm.cli import door, main, train
-from ldm.cli.training import build, compose
+from ldm.cli.building import build
+from ldm.cli.training import compose
 from ldm.data import FixedSet, ShardDataset
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
