@@ -12,6 +12,7 @@ from torch import nn
 from ldm import checkpoint
 from ldm.cli import door, train
 from ldm.training.optimizer import Optimizer, orthogonal
+from tests.training.test_scale import Steps, assert_same, in_processes, own_steps  # noqa: F401
 from tests.training.test_trust import command  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +122,19 @@ def test_a_run_that_was_stopped_is_the_uninterrupted_one_to_the_bit(
     files = [checkpoint.newest(tmp_path / name) for name in ("whole", "parts")]
     raw = {"autoencoder": "autoencoder.raw.safetensors", "diffusion": "unet.raw.safetensors"}[stage]
     assert files[0].joinpath(raw).read_bytes() == files[1].joinpath(raw).read_bytes()
+
+
+def test_two_processes_have_the_losses_of_one(
+    command: Command,  # noqa: F811
+    tmp_path: Path,
+    own_steps: Steps,  # noqa: F811
+) -> None:
+    more = ("optimizer=muon", "optimizer.warmup=5", "optimizer.decay=cosine")
+    assert door(train, command("diffusion", tmp_path / "one", 20, *more)) == 0
+    expected = list(own_steps)
+    assert expected[-1][0] < expected[0][0] - 0.1  # it has moved
+    two = command("diffusion", tmp_path / "two", 20, *more, "trainer.devices=2", "trainer.strategy=ddp")
+    assert_same(in_processes(tmp_path, two), expected)
 
 
 @pytest.mark.parametrize(
