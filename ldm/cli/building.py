@@ -36,9 +36,6 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     check_wandb(OmegaConf.to_container(cfg.logger, resolve=True))
     intervals = Intervals(cfg.checkpoint.every, cfg.checkpoint.keep, cfg.validation.every, cfg.samples.every)
     optimizer = instantiate(cfg.optimizer, _convert_="all")
-    if optimizer.method == "muon" and cfg.trainer.strategy == "fsdp":
-        rule = "matrices, which fsdp shares out; take optimizer=adamw or trainer.strategy=ddp"
-        raise ValueError(f"optimizer=muon with trainer.strategy=fsdp: Muon needs whole {rule}")
     data = instantiate(cfg.data, _convert_="all")
     folder = Path(cfg.cache) if isinstance(cfg.cache, str) else None
     loss = instantiate(cfg.loss, _convert_="all")
@@ -84,6 +81,9 @@ def _check(cfg: Any) -> None:
     if (shards := cfg.checkpoint.sharded) not in (False, True) or (shards and cfg.trainer.strategy != "fsdp"):
         rule = "true or false, and true with trainer.strategy=fsdp alone; set checkpoint.sharded=false"
         raise ValueError(f"checkpoint.sharded={shards}, trainer.strategy={cfg.trainer.strategy}: the rule is {rule}")
+    if cfg.optimizer.get("method") == "muon" and cfg.trainer.strategy == "fsdp":
+        rule = "matrices, which fsdp shares out; take optimizer=adamw or trainer.strategy=ddp"
+        raise ValueError(f"optimizer=muon with trainer.strategy=fsdp: Muon needs whole {rule}")
     stage_one = ("adversarial", "perceptual", "decoder_only", "latent_noise")
     for key in ("lora.rank", "ema.power", "repa") if cfg.stage == "autoencoder" else stage_one:
         if OmegaConf.select(cfg, key):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-MUON = "muon"  # the key of a group of parameters: whether Muon steps them
+MUON = "muon"  # the key of a group of parameters: iterations of Newton-Schulz, 0 where AdamW steps them
 NARROW = 32  # a side of a matrix below which Muon leaves it to Adam: the last layer's, latents', a factor's of LoRA
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. (2024): steep at 0, and about 1 from 0.7 to 1.2
 
@@ -57,10 +57,9 @@ class Optimizer:
                 kinds.setdefault(MUON if muon else "matrices" if p.ndim >= 2 else "vectors", []).append(p)
             for key, parameters in kinds.items():
                 decay = 0.0 if key == "vectors" else self.weight_decay
-                groups.append({"params": parameters, "weight_decay": decay, "clip": name, MUON: key == MUON})
+                steps = self.newton_schulz if key == MUON else 0
+                groups.append({"params": parameters, "weight_decay": decay, "clip": name, MUON: steps})
         kind = Muon if self.method == MUON else torch.optim.AdamW
-        if self.method == MUON:
-            groups = [{**group, "newton_schulz": self.newton_schulz} for group in groups]
         adam = kind(groups, lr=self.learning_rate, betas=tuple(self.betas), eps=self.eps, fused=True)  # type: ignore[arg-type]
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: self.factor(step, max_steps))
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -101,7 +100,7 @@ class Muon(torch.optim.AdamW):
                     alike[direction.shape].append((p, direction))
             for shape, pairs in alike.items():
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
-                whole = orthogonal(torch.stack([direction for _, direction in pairs]), group["newton_schulz"])
+                whole = orthogonal(torch.stack([direction for _, direction in pairs]), group[MUON])
                 for (p, _), update in zip(pairs, whole, strict=True):
                     p.mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p), alpha=scale)
         return loss

@@ -49,15 +49,17 @@ def test_orthogonal_is_near_the_polar_factor(shape: tuple[int, ...]) -> None:
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     values = torch.linalg.svdvals(got)
     assert float(values.max()) < 1.3  # 1.2 by the polynomial, and bfloat16
-    assert float(values[:, :-4].min()) > 0.6  # a square matrix has a few that begin near 0
+    assert float(values[:, :-4].min()) > 0.6  # measured 0.685; a square matrix has a few that begin near 0
     alignment = (got * (u @ vh)).sum((1, 2)) / (got.flatten(1).norm(dim=1) * math.sqrt(min(shape[1:])))
-    assert float(alignment.min()) > 0.95  # of 1: the same directions, their lengths a bit off
+    assert float(alignment.min()) > 0.95  # measured 0.979 to 0.987: the same directions, their lengths a bit off
 
 
 def test_orthogonal_forgets_the_length_and_of_zero_makes_zero() -> None:
     torch.manual_seed(0)
     matrices = torch.randn(1, 40, 60)
-    torch.testing.assert_close(orthogonal(matrices * 1e-3, 5), orthogonal(matrices, 5), rtol=0, atol=0.02)  # bfloat16
+    torch.testing.assert_close(
+        orthogonal(matrices * 1e-3, 5), orthogonal(matrices, 5), rtol=0, atol=0.02
+    )  # one rounding: 0.0078
     assert float(orthogonal(torch.zeros(1, 40, 60), 5).abs().max()) == 0.0
 
 
@@ -73,7 +75,9 @@ def test_a_matrix_goes_as_torchs_own_muon_takes_it() -> None:
     given = [{"weight": grad} for grad in grads]
     got = stepped(ours, given, method="muon", learning_rate=1e-2, weight_decay=0.1)["weight"]
     moved = (theirs.detach() - weight).square().mean().sqrt()
-    assert float((got - theirs.detach()).square().mean().sqrt()) < 0.01 * float(moved)  # both round to bfloat16
+    assert float((got - theirs.detach()).square().mean().sqrt()) < 0.01 * float(
+        moved
+    )  # measured 0; a product of many may round otherwise
     assert float(moved) > 1e-3
 
 
@@ -84,7 +88,8 @@ def test_kernels_and_matrices_move_by_muon_and_the_rest_as_adamw_moves_it() -> N
     for name in ("0.weight", "1.weight"):  # a first step of Adam is ±lr everywhere
         step = (muon[name] - before[name]).detach()
         assert 0.15e-2 < float(step.square().mean().sqrt()) < 0.25e-2  # a fifth of the rate, as Adam's later steps have
-        assert float(torch.linalg.svdvals(step.flatten(1)).div(step.norm()).max()) < 2.5 / math.sqrt(step.shape[0])
+        widest = float(torch.linalg.svdvals(step.flatten(1)).max() / step.norm()) * math.sqrt(step.shape[0])
+        assert widest < 1.4  # measured 1.35 and 1.32; of Adam's step 1.45 and 1.67; of an orthogonal matrix 1
     for name in ("0.bias", "1.bias", "2.weight", "2.bias"):  # four channels are no matrix to speak of
         assert torch.equal(muon[name], adam[name])
         assert not torch.equal(muon[name], before[name])
