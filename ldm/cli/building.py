@@ -98,8 +98,8 @@ def _stage_one(cfg: Any, loss: Any, optimizer: Any, data: Any) -> AutoencoderTra
 
     autoencoder = instantiate(cfg.autoencoder, _convert_="all")
     decoder_only = cfg.get("decoder_only", False)
-    if (tau := cfg.get("latent_noise", 0.0)) and not (decoder_only and 0.0 < tau < 10.0):
-        raise ValueError(f"latent_noise={tau} is a number from 0 to 10, with decoder_only=true, which knows the scale")
+    if not 0.0 <= (tau := cfg.get("latent_noise", 0.0)) < 10.0:
+        raise ValueError(f"latent_noise={tau} must be a number from 0 to 10, in standard deviations of the latents")
     if decoder_only and cfg.init is None:
         raise ValueError("decoder_only=true keeps the encoder of init=MODEL: give one")
     if cfg.init is not None:

@@ -40,8 +40,7 @@ class AutoencoderTraining(pl.LightningModule):
         latent_noise: float = 0.0,  # τ: the decoder sees z + |s| n, s ~ N(0, τ²), n ~ N(0, I) (RAE, 2510.11690)
     ) -> None:
         super().__init__()
-        self.decoder_only, self.latent_noise = decoder_only, latent_noise
-        self.adversarial = adversarial
+        self.decoder_only, self.latent_noise, self.adversarial = decoder_only, latent_noise, adversarial
         self._perceptual = [perceptual]  # in a list, so that no checkpoint keeps the frozen network
         self._means: list[Tensor] = []  # of the posteriors of a validation
         self.autoencoder, self.loss = autoencoder.train().requires_grad_(True), loss
@@ -49,9 +48,7 @@ class AutoencoderTraining(pl.LightningModule):
             autoencoder.encoder.requires_grad_(False)
             autoencoder.to_moments.requires_grad_(False)
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
-        self.draws = partial(
-            draws.stage_one, seed, autoencoder.latent_channels, latent_noise > 0.0
-        )  # of a batch, on a CPU
+        self.draws = partial(draws.stage_one, seed, autoencoder.latent_channels, latent_noise > 0.0)  # of a batch
         self.ema = EMA(autoencoder, ema_decay)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
@@ -60,8 +57,7 @@ class AutoencoderTraining(pl.LightningModule):
         posterior = self.autoencoder.posterior(x)
         m = posterior.mean + posterior.std * batch["posterior"].to(posterior.mean.dtype)
         if self.latent_noise:
-            level, noise = self.latent_noise * batch["level"].to(m.dtype), batch["latent_noise"].to(m.dtype)
-            m = m + level * self.autoencoder.latent_std[:, None, None] * noise
+            m = self.noisy(m, batch)
         reconstruction = self.autoencoder.decode_raw(m)
         parts = self.loss(x, reconstruction, posterior)
         loss, error = parts.pop("loss"), parts["nll"]
@@ -76,6 +72,13 @@ class AutoencoderTraining(pl.LightningModule):
             loss = loss + parts["generator"] + parts["discriminator"]
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return loss
+
+    def noisy(self, m: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Raw latents (n, c, h, w) with noise in their standard deviations a channel, of each sample's own level."""
+        # Before they are known the sample's own: no scale lessens the noise, and no number of devices changes it.
+        own = (m.var((2, 3), correction=0, keepdim=True) + 1e-6).sqrt()
+        scale = self.autoencoder.latent_std[:, None, None] if self.decoder_only else own
+        return m + self.latent_noise * batch["level"].to(m.dtype) * scale * batch["latent_noise"].to(m.dtype)
 
     def validation_step(self, batch: dict[str, Any]) -> None:
         """PSNR of held-out images from the mode, raw and EMA; KL; what active units are told by."""

@@ -68,9 +68,13 @@ def test_eps_is_short_for_epsilon() -> None:
         (["adversarial=patch"], "adversarial is not for stage=diffusion"),
         (["decoder_only=true"], "decoder_only is not for stage=diffusion"),
         (["latent_noise=0.2"], "latent_noise is not for stage=diffusion"),
+        (["experiment=emoji/autoencoder", "latent_noise=-1"], "latent_noise=-1 must be a number from 0 to 10"),
+        (["experiment=emoji/autoencoder", "latent_noise=nan"], "latent_noise=nan must be a number from 0 to 10"),
     ],
 )
-def test_a_setting_of_the_other_stage_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_setting_of_the_other_stage_or_out_of_range_is_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: Any
+) -> None:
     assert door(train, [*arguments, f"output={tmp_path / 'run'}"]) == 2
     assert said in capsys.readouterr().err
 
