@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _NUMBERS = ("seed", "repa", "latent_noise", "lora.rank", "caption_dropout", "ema_decay", "clip", "checkpoint.every",
             "checkpoint.keep", "validation.every", "validation.images", "samples.every")  # fmt: skip
+_WHOLE = {"trainer.max_steps": 1, "trainer.accumulate_grad_batches": 1, "data.batch_size": 1, "data.num_workers": 0,
+          "data.height": 8, "data.width": 8}  # and the least, of which those above 1 are multiples  # fmt: skip
 
 
 class OtherPrediction(UserWarning):
@@ -65,14 +67,25 @@ def build(cfg: Any, cached: bool = True) -> tuple[Any, Any, dict[str, Any]]:
     return module, data, options
 
 
+def check_numbers(cfg: Any) -> None:
+    """ValueError for what is no number, or no whole one, of a training's config."""
+    from omegaconf import OmegaConf
+
+    for key in (*_NUMBERS, *_WHOLE):
+        value, least = OmegaConf.select(cfg, key, default=_WHOLE.get(key)), _WHOLE.get(key)
+        if isinstance(value, bool | str | Sequence | Mapping):
+            raise ValueError(f"{key}={value} must be a number")
+        if least is not None and not (isinstance(value, int) and value >= least and value % (least or 1) == 0):
+            more = f", and a multiple of {least}" if least > 1 else ""
+            raise ValueError(f"{key}={value}: the rule is a whole number, at least {least}{more}")
+
+
 def _check(cfg: Any) -> None:
     """ValueError for what can be told from the config alone."""
     from omegaconf import OmegaConf
 
     check_targets(OmegaConf.to_container(cfg, resolve=True), resolved=True)
-    for key in _NUMBERS:
-        if isinstance(value := OmegaConf.select(cfg, key), bool | str | Sequence | Mapping):
-            raise ValueError(f"{key}={value} must be a number")
+    check_numbers(cfg)
     for key in ("ema.power", "lora.targets"):
         if OmegaConf.select(cfg, key) is not None and not OmegaConf.is_list(OmegaConf.select(cfg, key)):
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be a list in brackets")

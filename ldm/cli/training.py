@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.building import build, encoders
+from ldm.cli.building import build, check_numbers, encoders
 from ldm.cli.commands import launch
 from ldm.cli.settings import OVERRIDE, configs, stamp, value_of
 from ldm.cli.targets import check_targets
@@ -43,6 +43,7 @@ def train(arguments: list[str]) -> int:
     from ldm.training.run import fit
     from ldm.training.speed import Layout, num_devices, resolve_precision
 
+    check_numbers(cfg)
     num_devices(cfg.trainer, check=True)
     cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     if cfg.get("stage_one") and (code := _autoencoder_first(cfg)):
@@ -143,6 +144,7 @@ def plan(arguments: list[str]) -> None:
     arguments = [f"trainer.{a}" if a.startswith("devices=") else a for a in arguments]
     cfg, _ = compose([argument for argument in arguments if not argument.startswith(("price=", "on="))])
     check_targets(OmegaConf.to_container(cfg))
+    check_numbers(cfg)
     price, here, size = value_of("price", own["price"]), own["on"] == "here", (cfg.data.height, cfg.data.width)
     if not isinstance(price, int | float) or not price >= 0:
         raise ValueError(f"price={price} must be a number, at least 0: of a device an hour")
@@ -211,6 +213,7 @@ def precompute(arguments: list[str]) -> None:
         raise ValueError(f"stage_one={cfg.stage_one} is not trained yet; give autoencoder.weights=RUN stage_one=null")
     for resolve in (False, True):
         check_targets(OmegaConf.to_container(cfg, resolve=resolve), resolved=resolve)
+    check_numbers(cfg)
 
     from ldm.batch import ranks
     from ldm.training.speed import num_devices

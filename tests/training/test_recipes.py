@@ -68,6 +68,12 @@ def test_eps_is_short_for_epsilon() -> None:
         (["adversarial=patch"], "adversarial is not for stage=diffusion"),
         (["decoder_only=true"], "decoder_only is not for stage=diffusion"),
         (["latent_noise=0.2"], "latent_noise is not for stage=diffusion"),
+        (["trainer.max_steps=abc"], "trainer.max_steps=abc must be a number"),
+        (["trainer.max_steps=null"], "trainer.max_steps=None: the rule is a whole number, at least 1"),
+        (["trainer.accumulate_grad_batches=0.5"], "batches=0.5: the rule is a whole number, at least 1"),
+        (["data.batch_size=0"], "data.batch_size=0: the rule is a whole number, at least 1"),
+        (["data.num_workers=-1"], "data.num_workers=-1: the rule is a whole number, at least 0"),
+        (["data.width=12"], "data.width=12: the rule is a whole number, at least 8, and a multiple of 8"),
         (["experiment=emoji/autoencoder", "latent_noise=-1"], "latent_noise=-1 must be a number from 0 to 10"),
         (["experiment=emoji/autoencoder", "latent_noise=nan"], "latent_noise=nan must be a number from 0 to 10"),
     ],
@@ -77,6 +83,7 @@ def test_a_setting_of_the_other_stage_or_out_of_range_is_one_line(
 ) -> None:
     assert door(train, [*arguments, f"output={tmp_path / 'run'}"]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- flow
