@@ -43,7 +43,6 @@ def train(arguments: list[str]) -> int:
     from ldm.training.run import fit
     from ldm.training.speed import Layout, num_devices, resolve_precision
 
-    check_numbers(cfg)
     num_devices(cfg.trainer, check=True)
     cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     if cfg.get("stage_one") and (code := _autoencoder_first(cfg)):
