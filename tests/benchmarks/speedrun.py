@@ -1,6 +1,7 @@
 """How long until it works? ``train.py experiment=emoji/speedrun``, beside it the usual loop over diffusers' modules.
 
     python -m tests.benchmarks.speedrun outputs/speedrun    # trains what is not there yet, scores, writes the table
+    python -m tests.benchmarks.speedrun outputs/speedrun until=60  # the other's minutes, if it shall be fewer
     python -m tests.benchmarks.speedrun outputs/other experiment=emoji/speedrun trainer.max_steps=100  # writes none
 
 Both take the same autoencoder, the one that the speedrun trains first, and its minutes. The other then trains until
@@ -14,6 +15,7 @@ few minutes back.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -146,11 +148,14 @@ def picture(lasts: Mapping[str, LatentDiffusion], guidance: Mapping[str, float])
 
 def main(arguments: list[str]) -> None:
     """Train, score, and write docs/speedrun.md unless other settings are given."""
-    run, given = Path(arguments[0]), arguments[1:]
+    run, given = Path(arguments[0]), [word for word in arguments[1:] if not word.startswith("until=")]
+    until = min([float(word.removeprefix("until=")) for word in arguments[1:] if word not in given], default=math.inf)
     ours(run, given or ["experiment=emoji/speedrun"])
     own = minutes(run)
     first = max(path.stat().st_mtime for path in run.glob(f"autoencoder/checkpoints/*/{MANIFEST}"))
     first = (first - (run / "autoencoder" / "environment.json").stat().st_mtime) / 60
+    if until <= first:
+        sys.exit(f"until={until:g}: stage one alone took {first:.1f} minutes, and both share it; give more")
     judge = Judge(DATA)
     rows: list[list[object]] = []
     reached: dict[str, float] = {}
@@ -161,7 +166,8 @@ def main(arguments: list[str]) -> None:
             checkpoints = own
         else:
             aim = reached.get("ours")
-            checkpoints = peer(run, first, [max(own.values()), *([aim, TIMES * aim] if aim else [])])
+            marks = [max(own.values()), *([aim, TIMES * aim] if aim else [])]
+            checkpoints = peer(run, first, [mark for mark in marks if mark <= until] or [until])
         last, scale = load(list(checkpoints)[-1]), ldm.load(run).defaults.guidance_scale
         if name != "ours":
             tried = {g: evaluate_pairs(last, DATA, HELD, None, Drawing(1, STEPS, g), judge).figures for g in GUIDANCE}
