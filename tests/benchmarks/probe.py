@@ -1,6 +1,6 @@
-"""What the style probe hears: real pictures with changes that no eye minds, and what an autoencoder leaves of them.
+"""What the style probe hears: real pictures after slight changes, and what an autoencoder leaves of them.
 
-    python -m tests.benchmarks.probe                  # 3 minutes on two cores
+    python -m tests.benchmarks.probe                  # 90 seconds on two cores
 
 The pictures of emoji200 that the probe never learns from are changed, and the probe is asked for their style: the one
 of the score, fitted on pictures as they are, and one that is fitted on a changed copy of each beside it.
