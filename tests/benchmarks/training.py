@@ -10,6 +10,7 @@ On a machine with a GPU the variants are others, with ``torch.compile`` on both 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import multiprocessing
@@ -124,8 +125,12 @@ def ours(pipe: Connection, arguments: list[str]) -> None:
         begin(self, *args)
 
     Speed.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        sys.stderr = nowhere
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),  # an error is raised through it, and told
+    ):
         train([*arguments, f"output={folder}/run"])
 
 
@@ -200,6 +205,8 @@ def peer(widths: list[int], context_dim: int) -> Any:
 def start(run: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
     """A process, which says where it is if it has not come to its first step after a minute."""
     faulthandler.dump_traceback_later(60)
+    # Of the processes that read data: as the children of a spawned one they would be spawned, and import all of this.
+    multiprocessing.set_start_method("fork", force=True)
     run(pipe, *arguments)
 
 
@@ -209,7 +216,9 @@ def measure(workers: Mapping[str, tuple[Callable[..., None], Any]], rounds: int,
     pipes: dict[str, Connection] = {}
     for name, (run, arguments) in workers.items():
         pipes[name], end = spawn.Pipe()
-        spawn.Process(target=start, args=(run, end, *arguments), daemon=not GPU).start()  # a daemon may have no workers
+        process = spawn.Process(target=start, args=(run, end, *arguments), daemon=not GPU)  # a daemon has no workers
+        process.start()
+        atexit.register(process.kill)  # or this process would wait at its end for one that waits for its next step
         end.close()  # so that one that dies is missed at once
         if not GPU:
             pipes[name].recv()  # ready: one after the other, so that none disturbs another's start
