@@ -223,18 +223,21 @@ def measure(workers: Mapping[str, tuple[Callable[..., None], Any]], rounds: int,
         if not GPU:
             pipes[name].recv()  # ready: one after the other, so that none disturbs another's start
     begun = time.perf_counter()
-    for name, pipe in pipes.items() if GPU else ():  # together: two of them compile for a minute
+    for name, pipe in pipes.items() if GPU else ():  # together
         pipe.recv()
         sys.stderr.write(f"{name}: ready after {time.perf_counter() - begun:.0f} s\n")
     times: dict[str, list[float]] = {name: [] for name in pipes}
     memory = dict.fromkeys(pipes, 0.0)
-    for turn in range(rounds + 1):
+    for pipe in pipes.values():  # not counted, and together: what compiles takes a minute
+        pipe.send(steps)
+    for pipe in pipes.values():
+        pipe.recv()
+    for _ in range(rounds):
         for name, pipe in pipes.items():
             pipe.send(steps)
             seconds, peak = pipe.recv()
-            if turn:
-                times[name].append(seconds / steps)
-                memory[name] = max(memory[name], peak)
+            times[name].append(seconds / steps)
+            memory[name] = max(memory[name], peak)
     for pipe in pipes.values():
         pipe.send(0)
     return {name: [statistics.median(each), memory[name]] for name, each in times.items()}
