@@ -92,39 +92,34 @@ def main(models: list[str]) -> None:
     network, real = scorer.network, scorer.real
     label = torch.tensor([STYLES.index(style) for style in real.styles])
     batches = [batch for split in splits()["emoji200"] for batch in image_batches(emoji_dataset("emoji200", split), 64)]
-    images, asked = torch.cat([x for _, x in batches]), ~real.in_probe
-    learns = real.in_probe.nonzero()[:, 0]
-    copies = torch.zeros(len(images), real.features.texture.shape[1])
-    for k, change in enumerate(LEARNT.values()):
-        rows = learns[k :: len(LEARNT)]
-        copies[rows] = network(change(images[rows])).texture
-    texture = torch.cat([real.features.texture[learns], copies[learns]])
+    images, learns = torch.cat([x for _, x in batches]), real.in_probe.nonzero()[:, 0]
+    rows = [learns[k :: len(LEARNT)] for k in range(len(LEARNT))]
+    copies = [network(change(images[some])).texture for change, some in zip(LEARNT.values(), rows, strict=True)]
+    texture = torch.cat([real.features.texture[learns], *copies])
     probes = {
         "the score's": scorer.probe,
-        "with copies": StyleProbe(texture, label[learns].repeat(2), len(STYLES)),
+        "with copies": StyleProbe(texture, label[torch.cat([learns, *rows])], len(STYLES)),
     }
-    changes = NEW | LEARNT
+    asked, style, pairs = images[~real.in_probe], label[~real.in_probe], pairs_of("emoji200", "heldout_pairs")
+    styles = torch.tensor([STYLES.index(s.meta["style"]) for s in pairs])
+    seen = {title: (change(asked), style) for title, change in (NEW | LEARNT).items()}
     for name in models:
-        autoencoder = ldm.load(name).autoencoder
+        model = ldm.load(name)
         with torch.no_grad():
-            drawn = torch.cat([autoencoder.decode_raw(autoencoder.posterior(x).mean) for x in images[asked].split(16)])
-        changes[f"autoencoder of {name}"] = lambda _, drawn=drawn: drawn  # type: ignore[misc]
-    rows = []
-    for title, change in changes.items():
-        seen = network(change(images[asked])).texture
-        rows.append([title, *(said(probe, seen, label[asked]) for probe in probes.values())])
-    for name in models:
-        pairs = pairs_of("emoji200", "heldout_pairs")
-        out = ldm.load(name).sample([captions(s)[0] for s in pairs], seed=list(range(len(pairs))), steps=10)
-        style = torch.tensor([STYLES.index(s.meta["style"]) for s in pairs])
-        seen = network(out.images).texture
-        rows.append([f"held-out pairs as {name} draws them", *(said(probe, seen, style) for probe in probes.values())])
+            left = [model.autoencoder.decode_raw(model.autoencoder.posterior(x).mean) for x in asked.split(16)]
+        seen[f"autoencoder of {name}"] = torch.cat(left), style
+        drawn = model.sample([captions(s)[0] for s in pairs], seed=list(range(len(pairs))), steps=10)
+        seen[f"held-out pairs as {name} draws them"] = drawn.images, styles
+    lines = []
+    for title, (pictures, true) in seen.items():
+        heard = network(pictures).texture
+        lines.append([title, *(said(probe, heard, true) for probe in probes.values())])
     where = (
-        f"{machine()}. {int(asked.sum())} real pictures of emoji200 that neither probe learnt from, and one drawn "
+        f"{machine()}. {len(asked)} real pictures of emoji200 that neither probe learnt from, and one drawn "
         "picture a held-out pair, 10 DDIM steps. Share whose style is heard, and by style: "
         f"{', '.join(STYLES)}."
     )
-    content = [where, "", table(["changed how", *probes], rows)]
+    content = [where, "", table(["changed how", *probes], lines)]
     sys.stdout.write("\n".join(content) + "\n")
     if models == ["emoji"]:
         write("results.md", "probe", content)

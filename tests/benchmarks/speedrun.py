@@ -15,7 +15,6 @@ few minutes back.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
@@ -29,6 +28,7 @@ import torch
 
 import ldm
 from ldm.checkpoint import MANIFEST
+from ldm.cli.settings import value_of
 from ldm.convert.diffusers import read_part
 from ldm.data import STYLES, PositionSampler, TrainingSet, emoji_dataset
 from ldm.diffusion import Schedule
@@ -149,12 +149,14 @@ def picture(lasts: Mapping[str, LatentDiffusion], guidance: Mapping[str, float])
 def main(arguments: list[str]) -> None:
     """Train, score, and write docs/speedrun.md unless other settings are given."""
     run, given = Path(arguments[0]), [word for word in arguments[1:] if not word.startswith("until=")]
-    until = min([float(word.removeprefix("until=")) for word in arguments[1:] if word not in given], default=math.inf)
+    until = value_of("until", next((word[6:] for word in arguments[1:] if word not in given), ".inf"))
+    if not isinstance(until, int | float):
+        sys.exit(f"until={until} must be a number: minutes, stage one's among them")
     ours(run, given or ["experiment=emoji/speedrun"])
     own = minutes(run)
     first = max(path.stat().st_mtime for path in run.glob(f"autoencoder/checkpoints/*/{MANIFEST}"))
     first = (first - (run / "autoencoder" / "environment.json").stat().st_mtime) / 60
-    if until <= first:
+    if not until > first:
         sys.exit(f"until={until:g}: stage one alone took {first:.1f} minutes, and both share it; give more")
     judge = Judge(DATA)
     rows: list[list[object]] = []
@@ -167,7 +169,7 @@ def main(arguments: list[str]) -> None:
         else:
             aim = reached.get("ours")
             marks = [max(own.values()), *([aim, TIMES * aim] if aim else [])]
-            checkpoints = peer(run, first, [mark for mark in marks if mark <= until] or [until])
+            checkpoints = peer(run, first, [min(mark, until) for mark in marks])
         last, scale = load(list(checkpoints)[-1]), ldm.load(run).defaults.guidance_scale
         if name != "ours":
             tried = {g: evaluate_pairs(last, DATA, HELD, None, Drawing(1, STEPS, g), judge).figures for g in GUIDANCE}
