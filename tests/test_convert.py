@@ -387,6 +387,9 @@ def test_an_export_refuses_what_the_format_cannot_hold(
     )
     with pytest.raises(ValueError, match="the empty prompt of its training is not that of its text tower"):
         export_diffusers(other, tmp_path / "out")
+    pooling = UNet(**ours.unet.arguments | {"pooled_text": True})
+    with pytest.raises(ValueError, match="its UNet embeds the pooled text"):
+        export_diffusers(LatentDiffusion(pooling, ours.autoencoder, ours.text_encoder, ours.schedule), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists; name a folder that does not"):

@@ -202,6 +202,8 @@ def _check(model: LatentDiffusion) -> None:
         faults.append(f"its text tower is {text.family}, and the format's is CLIP")
     if model.prediction == "flow" or isinstance(model.schedule, Flow):
         faults.append("it was trained by flow matching, and the format's schedules are variance-preserving")
+    if model.unet.arguments["pooled_text"]:
+        faults.append("its UNet embeds the pooled text (pooled_text), and the format's pipeline gives it none")
     if autoencoder.stem != 1:
         faults.append(f"its autoencoder has a stem of {autoencoder.stem}, and the format's has 1")
     if autoencoder.latent_mean.any() or (autoencoder.latent_std != autoencoder.latent_std[0]).any():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.unet.attention import Transformer, without_padding
+from ldm.unet.attention import PooledText, Transformer, without_padding
 from ldm.unet.layers import NUM_GROUPS, Downsample, ResBlock, Upsample, timestep_embedding
 
 
@@ -52,6 +52,7 @@ class UNet(nn.Module):
         out_channels: int = 4,  # latent channels
         dropout: float = 0.0,  # in residual blocks
         linear_projections: bool = False,  # around attention: linear maps, as in SD 2.x, for 1×1 convolutions
+        pooled_text: bool = False,  # embed the mean of the text's tokens, too, and add it to the time's (2204.06125)
     ) -> None:
         super().__init__()
         heads = [num_heads] * len(widths) if isinstance(num_heads, int) else list(num_heads)
@@ -71,6 +72,7 @@ class UNet(nn.Module):
             "out_channels": out_channels,
             "dropout": dropout,
             "linear_projections": linear_projections,
+            "pooled_text": pooled_text,
         }
         self.in_channels, self.context_dim = in_channels, context_dim
         self.gradient_checkpointing = False
@@ -89,6 +91,7 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(
             nn.Linear(self.time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
         )
+        self.text_embedding = PooledText(context_dim, embedding_dim) if pooled_text else None
         self.input_blocks = nn.ModuleList([nn.Conv2d(in_channels, widths[0], 3, padding=1)])
         channels, skips = widths[0], [widths[0]]
         for level, width in enumerate(widths):
@@ -119,6 +122,8 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The prediction from noisy latents, (n, out_channels, h, w), in the type of z."""
         embedding = self.time_embedding(timestep_embedding(t, self.time_dim).to(z.dtype))
+        if self.text_embedding is not None:
+            embedding = embedding + self.text_embedding(context)
         # In training alone: a picture must not hang, by its roundings, on how long the other prompts of its batch are.
         context, padding = without_padding(context) if self.training else (context, 0)
         h, skips = z, []

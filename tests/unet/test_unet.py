@@ -158,3 +158,35 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNet(**{"attention": (True, True), "context_dim": 16, "num_heads": 2, **settings})
+
+
+def pooling() -> UNet:
+    torch.manual_seed(0)
+    # Two channels a group: normalised alone, a channel would lose what an embedding adds to it.
+    unet = UNet(widths=(64, 64), attention=(False, False), num_blocks=1, num_heads=2, context_dim=16, pooled_text=True)
+    for name, parameter in unet.named_parameters():  # open what starts at zero, but for attention
+        torch.nn.init.normal_(parameter, std=0.1) if "conv" in name else None
+    return unet
+
+
+def test_pooled_text_reaches_levels_without_attention() -> None:
+    unet, z, t = pooling(), torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
+    context = torch.randn(2, 77, 16)
+    base, other = unet(z, t, context), unet(z, t, context.roll(1, dims=0))
+    assert (base - other).abs().max() > 1e-3
+    unet.text_embedding = None  # the transformer of the middle starts at zero: no other way is open
+    assert torch.equal(unet(z, t, context), unet(z, t, context.roll(1, dims=0)))
+
+
+def test_pooled_text_is_the_mean_of_the_tokens_without_padding() -> None:
+    embed = pooling().text_embedding
+    assert embed is not None
+    context = torch.randn(2, 5, 16)
+    torch.testing.assert_close(embed(torch.nn.functional.pad(context, (0, 0, 0, 72))), embed(context))
+    torch.testing.assert_close(embed(context.mean(1, keepdim=True)), embed(context))
+    assert embed(torch.zeros(1, 77, 16)).isfinite().all()
+
+
+def test_pooled_text_changes_nothing_where_it_is_off() -> None:
+    assert not any("text_embedding" in name for name in tiny().state_dict())
+    assert not tiny().arguments["pooled_text"]
