@@ -526,9 +526,10 @@ def test_schedule_and_scale_of_a_single_file_are_read_where_it_has_them(
         read(path)
     safetensors.torch.save_file(tensors | {"betas": torch.full((1000,), 0.01).cumsum(0) / 1000}, path)
     assert read(path)[0].settings["schedule"]["name"] == "linear"
-    safetensors.torch.save_file(tensors | {"betas": torch.rand(1000)}, path)
-    with pytest.raises(ValueError, match="are no schedule known here"):
-        read(path)
+    for betas in (torch.linspace(0.1, 0.9, 1000) ** 3, torch.linspace(0.02, 1e-4, 1000), torch.full((9,), 2.0)):
+        safetensors.torch.save_file(tensors | {"betas": betas}, path)
+        with pytest.raises(ValueError, match=r"model\.safetensors: its betas, .* are no schedule known here"):
+            read(path)
     safetensors.torch.save_file(tensors, path)
     params = {"scale_factor": 0.5, "linear_start": 0.00085, "unet_config": {"params": {"num_head_channels": 16}}}
     path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"params": params}}))

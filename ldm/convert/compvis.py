@@ -179,7 +179,8 @@ def _schedule(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
         return schedule
     betas = source.read("betas").double().flatten().numpy()
     ends = {"num_steps": len(betas), "beta_start": float(f"{betas[0]:.6g}"), "beta_end": float(f"{betas[-1]:.6g}")}
-    for known in (schedule, SD_SCHEDULE | ends, {"name": "linear"} | ends):
+    possible = 0.0 < betas[0] <= betas[-1] < 1.0  # no schedule falls
+    for known in (schedule, SD_SCHEDULE | ends, {"name": "linear"} | ends) if possible else ():
         alpha_bar = Schedule(**known).alpha_bar.numpy()
         expected = 1.0 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
         # Half precision keeps three digits of a beta.

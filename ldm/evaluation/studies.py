@@ -24,10 +24,8 @@ SPLITS = ("heldout_pairs", "train")
 IN_GRID = 96  # pictures of a split that the report shows
 QUALITY, ADHERENCE = "KID-EffNet", ALIGNMENT[0]
 USUAL: Mapping[str, Sequence[float]] = {
-    "guidance": (1.0, 1.5, 2.0, 3.0, 5.0),
-    "steps": (5, 10, 20, 50),
-    "ema": (0.04, 0.05, 0.07, 0.1, 0.15),
-}
+    "guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "steps": (5, 10, 20, 50), "ema": (0.04, 0.05, 0.07, 0.1, 0.15)
+}  # fmt: skip
 
 
 def score(

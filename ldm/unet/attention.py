@@ -114,25 +114,6 @@ class Attention(nn.Module):
         return self.to_out(rearrange(attend(q, k, v, padding), "n heads l c -> n l (heads c)"))
 
 
-class PooledText(nn.Module):
-    """A text as one vector: the mean of its tokens through two layers, a token of zeros is padding.
-
-    Added to the embedding of the time, it reaches every residual block at once, also those of levels without
-    attention (unCLIP, 2204.06125, §2.1; SDXL, 2307.01952, §2.1). Not part of SD 1.x.
-    """
-
-    def __init__(self, context_dim: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(context_dim)
-        self.proj_in = nn.Linear(context_dim, embedding_dim)
-        self.proj_out = nn.Linear(embedding_dim, embedding_dim)
-
-    def forward(self, context: Tensor) -> Tensor:
-        """(n, m, d) → (n, e)."""
-        tokens = context.any(-1).sum(1, keepdim=True).clamp(min=1)
-        return self.proj_out(F.silu(self.proj_in(self.norm(context.sum(1) / tokens))))
-
-
 class FeedForward(nn.Module):
     """GEGLU (Shazeer, 2002.05202): (x W ⊙ gelu(x V)) U, four times as wide inside."""
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.unet.attention import PooledText, Transformer, without_padding
+from ldm.unet.attention import Transformer, without_padding
 from ldm.unet.layers import NUM_GROUPS, Downsample, ResBlock, Upsample, timestep_embedding
 
 
@@ -52,7 +52,7 @@ class UNet(nn.Module):
         out_channels: int = 4,  # latent channels
         dropout: float = 0.0,  # in residual blocks
         linear_projections: bool = False,  # around attention: linear maps, as in SD 2.x, for 1×1 convolutions
-        pooled_text: bool = False,  # embed the mean of the text's tokens, too, and add it to the time's (2204.06125)
+        pooled_text: bool = False,  # embed the mean of the tokens, too, and add it to the time's (2204.06125, §2.1)
     ) -> None:
         super().__init__()
         heads = [num_heads] * len(widths) if isinstance(num_heads, int) else list(num_heads)
@@ -63,19 +63,11 @@ class UNet(nn.Module):
         if any(width % NUM_GROUPS for width in widths):
             raise ValueError(f"widths={tuple(widths)}: each must be a multiple of {NUM_GROUPS} (group normalisation)")
         self.arguments: dict[str, Any] = {  # plain, for the manifest of a checkpoint
-            "widths": list(widths),
-            "attention": list(attention),
-            "num_blocks": num_blocks,
-            "num_heads": heads,
-            "context_dim": context_dim,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "dropout": dropout,
-            "linear_projections": linear_projections,
-            "pooled_text": pooled_text,
-        }
-        self.in_channels, self.context_dim = in_channels, context_dim
-        self.gradient_checkpointing = False
+            "widths": list(widths), "attention": list(attention), "num_blocks": num_blocks, "num_heads": heads,
+            "context_dim": context_dim, "in_channels": in_channels, "out_channels": out_channels, "dropout": dropout,
+            "linear_projections": linear_projections, "pooled_text": pooled_text,
+        }  # fmt: skip
+        self.in_channels, self.context_dim, self.gradient_checkpointing = in_channels, context_dim, False
         self.time_dim, embedding_dim = widths[0], 4 * widths[0]
 
         res = partial(ResBlock, embedding_dim=embedding_dim, dropout=dropout)
@@ -88,17 +80,19 @@ class UNet(nn.Module):
             transformer = attend(level) if attention[level] else None
             return Block(res(c_in, c), transformer, Upsample(c) if upsample else None)
 
-        self.time_embedding = nn.Sequential(
-            nn.Linear(self.time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
-        )
-        self.text_embedding = PooledText(context_dim, embedding_dim) if pooled_text else None
+        def embed(*first: nn.Module) -> nn.Sequential:
+            return nn.Sequential(*first, nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
+
+        self.time_embedding = embed(nn.Linear(self.time_dim, embedding_dim))
+        self.text_embedding: nn.Module | None = None
+        if pooled_text:
+            self.text_embedding = embed(nn.LayerNorm(context_dim), nn.Linear(context_dim, embedding_dim))
         self.input_blocks = nn.ModuleList([nn.Conv2d(in_channels, widths[0], 3, padding=1)])
         channels, skips = widths[0], [widths[0]]
         for level, width in enumerate(widths):
             for _ in range(num_blocks):
                 self.input_blocks.append(block(channels, level))
-                channels = width
-                skips.append(channels)
+                skips.append(channels := width)
             if level < len(widths) - 1:
                 self.input_blocks.append(Downsample(channels))
                 skips.append(channels)
@@ -123,16 +117,16 @@ class UNet(nn.Module):
         """The prediction from noisy latents, (n, out_channels, h, w), in the type of z."""
         embedding = self.time_embedding(timestep_embedding(t, self.time_dim).to(z.dtype))
         if self.text_embedding is not None:
-            embedding = embedding + self.text_embedding(context)
+            tokens = context.any(-1).sum(1, keepdim=True).clamp(min=1)  # those of zeros are padding
+            embedding = embedding + self.text_embedding(context.sum(1) / tokens)
         # In training alone: a picture must not hang, by its roundings, on how long the other prompts of its batch are.
         context, padding = without_padding(context) if self.training else (context, 0)
         h, skips = z, []
         for module in self.input_blocks:
-            h = (
-                self._run(module, h, embedding, context, padding, h.shape[-2:])
-                if isinstance(module, Block)
-                else module(h)
-            )
+            if isinstance(module, Block):
+                h = self._run(module, h, embedding, context, padding, h.shape[-2:])
+            else:
+                h = module(h)
             skips.append(h)
         first, transformer, last = self.middle_blocks
         h = last(transformer(first(h, embedding), context, padding), embedding)
