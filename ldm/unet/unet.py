@@ -67,7 +67,8 @@ class UNet(nn.Module):
             "context_dim": context_dim, "in_channels": in_channels, "out_channels": out_channels, "dropout": dropout,
             "linear_projections": linear_projections, "pooled_text": pooled_text,
         }  # fmt: skip
-        self.in_channels, self.context_dim, self.gradient_checkpointing = in_channels, context_dim, False
+        self.in_channels, self.context_dim = in_channels, context_dim
+        self.gradient_checkpointing = False
         self.time_dim, embedding_dim = widths[0], 4 * widths[0]
 
         res = partial(ResBlock, embedding_dim=embedding_dim, dropout=dropout)
@@ -117,8 +118,7 @@ class UNet(nn.Module):
         """The prediction from noisy latents, (n, out_channels, h, w), in the type of z."""
         embedding = self.time_embedding(timestep_embedding(t, self.time_dim).to(z.dtype))
         if self.text_embedding is not None:
-            tokens = context.any(-1).sum(1, keepdim=True).clamp(min=1)  # those of zeros are padding
-            embedding = embedding + self.text_embedding(context.sum(1) / tokens)
+            embedding = embedding + self.text_embedding(context.sum(1))  # normalised first: padding adds nothing
         # In training alone: a picture must not hang, by its roundings, on how long the other prompts of its batch are.
         context, padding = without_padding(context) if self.training else (context, 0)
         h, skips = z, []
