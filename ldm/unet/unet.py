@@ -52,7 +52,7 @@ class UNet(nn.Module):
         out_channels: int = 4,  # latent channels
         dropout: float = 0.0,  # in residual blocks
         linear_projections: bool = False,  # around attention: linear maps, as in SD 2.x, for 1×1 convolutions
-        pooled_text: bool = False,  # embed the mean of the tokens, too, and add it to the time's (2204.06125, §2.1)
+        pooled_text: bool = False,  # embed the sum of the tokens, too, and add it to the time's (2204.06125, §2.1)
     ) -> None:
         super().__init__()
         heads = [num_heads] * len(widths) if isinstance(num_heads, int) else list(num_heads)
