@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.callbacks import TQDMProgressBar
 
 from ldm.data import FixedSet
 from ldm.provenance import write_png
@@ -35,6 +36,21 @@ class Speed(pl.Callback):
             images = self.batch_size / trainer.accumulate_grad_batches * self._steps
             pl_module.log("images/s", images / self._spent, prog_bar=True)
             self._spent, self._steps = 0.0, 0
+
+
+class Progress(TQDMProgressBar):
+    """Micro-batches of the whole training; Lightning's bar counts epochs, and a resumed run has no total in it."""
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Set where it starts and ends; the rate is of what this process does."""
+        super().on_train_start(trainer, *args)
+        bar = self.train_progress_bar
+        bar.total = int(trainer.num_training_batches)
+        bar.initial = bar.n = trainer.global_step * trainer.accumulate_grad_batches
+        bar.refresh()
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Lightning's would begin at 0."""
 
 
 class Pictures(pl.Callback):

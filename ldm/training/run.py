@@ -13,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import wandb
-from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from ldm import checkpoint
 from ldm.data import FixedSet
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.callbacks import Pictures, Speed
+from ldm.training.callbacks import Pictures, Progress, Speed
 from ldm.training.checkpointing import FolderIO, Folders
 from ldm.training.data import DataModule
 from ldm.training.diffusion import DiffusionTraining
@@ -95,10 +95,11 @@ def fit(
     metric = "val/psnr_ema" if stage_one else "val/mse_ema"
     io = FolderIO(module.contents, cursor, shards)
     folders = Folders(output, io, intervals.checkpoint, intervals.keep, metric, higher_is_better=stage_one)
-    # Advertisements, and a remark on every run folder, which holds its config before its metrics.
+    # Advertisements, a remark on every run folder, which holds its config before its metrics, one on what Lightning
+    # does to torch, and one that is not true here: the trainer's step alone says what is read next.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "Experiment logs directory")
+    warnings.filterwarnings("ignore", r"Experiment logs dir|`isinstance\(treespec|You're resuming from a")
     accumulation = trainer.get("accumulate_grad_batches", 1)
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # Guard does the requeueing
     engine = pl.Trainer(
@@ -111,7 +112,7 @@ def fit(
             Pictures(output / "samples", intervals.pictures, prompts, fixed),
             folders,
             LearningRateMonitor("step"),
-            TQDMProgressBar(refresh_rate=10),
+            Progress(refresh_rate=10),
         ],
         plugins=[io, *slurm],
         max_epochs=-1,

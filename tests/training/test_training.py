@@ -289,13 +289,18 @@ def test_the_null_context_of_training_is_kept(stage_two: Path, clip: Path) -> No
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(
-    stage: str, shapes: Path, clip: Path, stage_one: Path, tmp_path: Path
+    stage: str, shapes: Path, clip: Path, stage_one: Path, tmp_path: Path, capfd: Any, recwarn: Any
 ) -> None:
     more = AUTOENCODER if stage == "autoencoder" else unet(clip, stage_one)
     more = (*more, "checkpoint.every=3", "optimizer.decay=constant")
     assert door(train, arguments(shapes, tmp_path / "whole", stage, 6, *more)) == 0
     assert door(train, arguments(shapes, tmp_path / "halves", stage, 3, *more)) == 0
+    capfd.readouterr()
     assert door(train, [f"resume={tmp_path / 'halves'}", "trainer.max_steps=6"]) == 0
+    shown = capfd.readouterr().out
+    assert "| 3/6 [" in shown
+    assert "| 6/6 [" in shown
+    assert not [str(w.message) for w in recwarn if "resuming" in str(w.message) or "treespec" in str(w.message)]
     whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
     assert whole.keys() == halves.keys()
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
