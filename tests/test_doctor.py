@@ -92,7 +92,7 @@ def test_a_stale_index_and_images_that_are_there_twice_are_named(
     shard = tmp_path / "twice.tar"
     write_shard(shard, rows)
     settings = [*healthy, f"data.train.paths={shard}", f"data.validation.paths={shard}"]
-    assert any("20 of 40 training images are there twice" in line for line in findings(capsys, 0, settings))
+    assert any("20 of 40 images are there twice" in line for line in findings(capsys, 0, settings))
     changed = bytearray(shard.read_bytes())
     changed[600] ^= 1  # the same size, another picture: the index is that of the old one
     shard.write_bytes(bytes(changed))

@@ -32,7 +32,7 @@ from ldm.cli import door, main, sample, train
 from ldm.cli.settings import configs
 from ldm.cli.targets import TARGETS, check_targets
 from ldm.data import ShardDataset, build_index, decode_image
-from ldm.data.stream import web_stream
+from ldm.data.stream import StreamedSet, WebStream
 from ldm.pipeline import LatentDiffusion
 
 ROOT = Path(ldm.__file__).parents[1]
@@ -217,11 +217,13 @@ def test_a_pipe_is_no_shard(canary: Path, tmp_path: Path, shapes: Path, capsys: 
         with pytest.raises(ValueError, match="is refused; the rule is a local path, http"):
             ShardDataset(paths)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="is refused"):
-            web_stream(paths if isinstance(paths, list) else str(paths), 16, 16)
-    for value in (f"data.train.paths='{url}'", f"data.train.paths=['{url}']"):
-        assert door(train, [*small(tmp_path / "run", shapes), value]) == 2
+            WebStream(paths if isinstance(paths, list) else str(paths))
+    for value in (f"data.train.paths='{url}'", f"data.train.paths=['{url}']", f"data.train.urls='{url}'"):
+        data = ["data=stream"] if "urls" in value else []
+        given = [each for each in small(tmp_path / "run", shapes) if not (data and "train.paths" in each)]
+        assert door(train, [*given, *data, value]) == 2
     assert main(["index", url]) == 2
-    assert capsys.readouterr().err.count("\n") == 3
+    assert capsys.readouterr().err.count("\n") == 4
 
 
 def bomb(canary: Path) -> bytes:
@@ -242,7 +244,7 @@ def test_a_member_that_a_decoder_could_run_is_refused(tmp_path: Path, canary: Pa
     with pytest.raises(ValueError, match=rf"a\.tar: a\.{extension} has an unknown extension"):
         build_index(tmp_path / "a.tar")
     with pytest.raises(ValueError, match="unknown extension"):
-        list(web_stream(str(tmp_path / "a.tar"), 16, 16))
+        list(StreamedSet(WebStream(str(tmp_path / "a.tar")), 16, 16))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -303,13 +305,13 @@ _MEASURE = """
 import sys
 from pathlib import Path
 from ldm.data import build_index, decode_image
-from ldm.data.stream import web_stream
+from ldm.data.stream import StreamedSet, WebStream
 def size(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
 doors = {
     "picture": lambda path: decode_image(path.read_bytes(), "bomb"),
     "index": build_index,
-    "stream": lambda path: list(web_stream(str(path), 16, 16)),
+    "stream": lambda path: list(StreamedSet(WebStream(str(path)), 16, 16, passes=1)),
 }
 for line in sys.stdin:
     door, path = line.split()

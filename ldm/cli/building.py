@@ -120,7 +120,7 @@ def _stage_one(cfg: Any, loss: Any, optimizer: Any, data: Any) -> AutoencoderTra
     adversarial = instantiate(cfg.get("adversarial"), _convert_="all")
     perceptual = instantiate(cfg.get("perceptual"), _convert_="all")
     terms = (cfg.ema_decay, cfg.seed, adversarial, perceptual, decoder_only, tau)
-    return AutoencoderTraining(autoencoder, loss, optimizer, data.train, *terms)
+    return AutoencoderTraining(autoencoder, loss, optimizer, data.indexed, *terms)
 
 
 def _stage_two(cfg: Any, loss: Any, optimizer: Any, data: Any) -> DiffusionTraining:

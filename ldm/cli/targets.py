@@ -10,6 +10,7 @@ TARGETS = (
     "ldm.autoencoder.CalibratedLoss",
     "ldm.data.ShardDataset",
     "ldm.data.emoji_dataset",
+    "ldm.data.stream.WebStream",
     "ldm.diffusion.Flow",
     "ldm.diffusion.Objective",
     "ldm.diffusion.Schedule",

@@ -61,7 +61,7 @@ def train(arguments: list[str]) -> int:
         sys.stderr.write("".join(f"{finding}\n" for finding in found))
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         sys.stdout.write(
-            f"stage {cfg.stage}: {parameters:,} parameters, {len(data.train):,} training images, "
+            f"stage {cfg.stage}: {parameters:,} parameters, {data.amount}, "
             f"{cfg.trainer.max_steps} steps of {cfg.data.batch_size} on {cfg.trainer.accelerator} in "
             f"{cfg.trainer.precision}, {Layout.of(options['trainer'], cfg.stage == 'diffusion')}\n"
             f"results in {output}: checkpoints/ samples/ metrics.csv config.yaml. Ctrl-C saves and stops.\n"
@@ -121,11 +121,11 @@ def doctor(arguments: list[str]) -> int:
     module, data, options = build(cfg, cached=False)
     found = [*quick(module, data, options["trainer"], options["intervals"], Path(cfg.output))]
     found += thorough(module, data, options["trainer"])
-    rate = cfg.optimizer.learning_rate
+    epochs = f"{cfg.trainer.max_steps * cfg.data.batch_size / data.count:.1f} epochs, " if data.count else ""
     sys.stdout.write(
         "".join(f"{finding}\n" for finding in found)
-        + f"{len(found)} findings; {len(data.train):,} samples, {cfg.data.batch_size} a step on any number of devices, "
-        f"{cfg.trainer.max_steps * cfg.data.batch_size / len(data.train):.1f} epochs, learning rate {rate:g}\n"
+        + f"{len(found)} findings; {data.amount}, {cfg.data.batch_size} a step on any number of devices, "
+        f"{epochs}learning rate {cfg.optimizer.learning_rate:g}\n"
     )
     return 2 if any(finding.level == "error" for finding in found) else 0
 

@@ -34,6 +34,13 @@ class Sample:
     caption: str  # the text of ``key.txt``
     meta: dict[str, Any]  # the object of ``key.json``; empty where there is none
 
+    @classmethod
+    def of(cls, key: str, members: dict[str, bytes]) -> Sample:
+        """From the files of a shard that have this key, by extension."""
+        image = next(members[extension] for extension in tars.IMAGES if extension in members)
+        meta = json.loads(members["json"]) if "json" in members else {}
+        return cls(key, image, members["txt"].decode("utf-8").strip("\n"), meta)
+
 
 class Index:
     """The index of a shard, checked, in 44 bytes a member and 8 a sample."""
@@ -123,9 +130,7 @@ class ShardDataset:
                     f"{shown(shard)}: {index.keys[row]}.{extension} is damaged (its sha256 is not the index's); "
                     "copy the shard again, or index it anew with: ldm index"
                 )
-        image = next(read[extension] for extension in tars.IMAGES if extension in read)
-        meta = json.loads(read["json"]) if "json" in read else {}
-        return Sample(index.keys[row], image, read["txt"].decode("utf-8").strip("\n"), meta)
+        return Sample.of(index.keys[row], read)
 
     def image_digest(self, number: int) -> bytes:
         """The sha256 of an image's file, as its index has it."""

@@ -32,6 +32,20 @@ def captions(sample: Sample) -> list[str]:
     return list(sample.meta.get("captions") or [sample.caption])
 
 
+def chosen(seed: int, position: int, num_variants: int, flip: bool, random_crop: bool) -> Choice:
+    """What is made, at a position, of a sample with so many caption variants."""
+    u = randomness.uniform(seed, "choice", position, 4)
+    crop = (float(u[2]), float(u[3])) if random_crop else (0.5, 0.5)
+    return Choice(int(u[0] * num_variants), flip and bool(u[1] < 0.5), crop)
+
+
+def made(sample: Sample, choice: Choice, position: int, height: int, width: int) -> dict[str, Any]:
+    """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``; BadSample if it is no picture."""
+    image = to_tensor(fit(decode_image(sample.image, sample.key), height, width, *choice.crop))
+    image = image.flip(-1) if choice.flip else image
+    return {"image": image, "caption": captions(sample)[choice.variant], "key": sample.key, "position": position}
+
+
 def check_policy(on_bad: str) -> None:
     """Raise ValueError unless it is one of POLICIES."""
     if on_bad not in POLICIES:
@@ -103,9 +117,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     def choose(self, position: int, num_variants: int) -> Choice:
         """What is made, at a position, of a sample with so many caption variants."""
-        u = randomness.uniform(self.seed, "choice", position, 4)
-        crop = (float(u[2]), float(u[3])) if self.random_crop else (0.5, 0.5)
-        return Choice(int(u[0] * num_variants), self.flip and bool(u[1] < 0.5), crop)
+        return chosen(self.seed, position, num_variants, self.flip, self.random_crop)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """``image`` float32 (3, h, w) in [-1, 1], ``caption``, ``key``, ``position``, ``substituted``."""
@@ -138,11 +150,7 @@ class FixedSet(Dataset[dict[str, Any]]):
 def _item(items: TrainingSet | FixedSet, position: int, height: int, width: int) -> dict[str, Any]:
     def read(number: int) -> dict[str, Any]:
         sample = items.samples[number]
-        variants = captions(sample)
-        choice = items.choose(position, len(variants))
-        image = to_tensor(fit(decode_image(sample.image, sample.key), height, width, *choice.crop))
-        image = image.flip(-1) if choice.flip else image
-        return {"image": image, "caption": variants[choice.variant], "key": sample.key, "position": position}
+        return made(sample, items.choose(position, len(captions(sample))), position, height, width)
 
     return first_good(items.candidates(position), read)
 

@@ -44,13 +44,17 @@ def quick(
     ``trainer`` holds arguments of Lightning's Trainer, ``output`` is the run folder.
     """
     devices, accumulation = num_devices(trainer), trainer.get("accumulate_grad_batches", 1)
-    batch, samples, rate = data.batch_size, len(data.train), module.optimizer.learning_rate
+    batch, samples, rate = data.batch_size, data.count, module.optimizer.learning_rate
     if batch % (devices * accumulation):
         rule = f"{devices} devices × {accumulation} accumulation steps; take a multiple of {devices * accumulation}"
         yield Finding("error", f"data.batch_size={batch} is not divided by {rule}")
-    if batch > samples:
+    if samples is not None and batch > samples:
         why = f"more than the {samples} samples there are: every batch repeats some; lower it"
         yield Finding("warning", f"data.batch_size={batch} is {why}")
+    readers, there = devices * max(1, data.num_workers), data.train.shards
+    if samples is None and readers > len(there):
+        rule = f"at least one a reader: lower data.num_workers={data.num_workers} on {devices} devices"
+        yield Finding("error", f"data.train.urls are {len(there)} shards for {readers} readers; the rule is {rule}")
     usual = 1e-3 * batch**0.5  # Adam's rate goes with the root of the batch (Malladi et al., 2205.10287)
     if rate > usual:
         why = f"a batch of {batch}, which is the same on any number of devices; {usual:.1e} is the most that is usual"
@@ -93,15 +97,16 @@ def thorough(module: Module, data: DataModule, trainer: dict[str, Any]) -> Itera
 
 def _shards(data: DataModule) -> Iterator[Finding]:
     """Indexes that are no longer those of their shards, and images that are there twice."""
-    shards = {shard for samples in (data.train, data.validation) for shard in samples.shards}
+    samples = data.indexed
+    shards = {*samples.shards, *data.validation.shards}
     for shard in sorted(shards, key=str):
         if isinstance(shard, Path) and index_path(shard).is_file():
             with open(shard, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if json.loads(index_path(shard).read_bytes())["sha256"] != digest:
                 yield Finding("error", f"{shard} is not what its index describes: stale; run: ldm index {shard}")
-    if twice := len(data.train) - len({data.train.image_digest(number) for number in range(len(data.train))}):
-        yield Finding("warning", f"{twice} of {len(data.train)} training images are there twice under other keys")
+    if twice := len(samples) - len({samples.image_digest(number) for number in range(len(samples))}):
+        yield Finding("warning", f"{twice} of {len(samples)} images are there twice under other keys")
 
 
 def _ranks(module: Module, data: DataModule, devices: int) -> Iterator[Finding]:
@@ -121,12 +126,12 @@ def _ranks(module: Module, data: DataModule, devices: int) -> Iterator[Finding]:
 @torch.no_grad()
 def _latents(module: DiffusionTraining, data: DataModule) -> Iterator[Finding]:
     """The latents that the UNet will see: of zero mean and unit variance a channel?"""
-    items, encode = FixedSet(data.train, data.height, data.width), module.model.autoencoder.encode
+    items, encode = FixedSet(data.indexed, data.height, data.width), module.model.autoencoder.encode
     chosen = range(0, len(items), max(1, len(items) // IMAGES))
     z = torch.cat([encode(items[i]["image"][None]).transpose(0, 1).flatten(1) for i in chosen], dim=1)
     for channel, (mean, std) in enumerate(zip(z.mean(1).tolist(), z.std(1).tolist(), strict=True)):
         if not 0.7 < std < 1.4 or abs(mean) > 0.5:
-            found = f"mean {mean:.2f} and std {std:.2f} over {len(chosen)} training images, not 0 and 1"
+            found = f"mean {mean:.2f} and std {std:.2f} over {len(chosen)} images, not 0 and 1"
             why = "this autoencoder's scale is not for these data; train one on them"
             yield Finding("error", f"channel {channel} of the latents has {found}: {why}")
 

@@ -31,7 +31,7 @@ class AutoencoderTraining(pl.LightningModule):
         autoencoder: Autoencoder,
         loss: CalibratedLoss,
         optimizer: Optimizer,
-        samples: ShardDataset,  # the training images, for the latent scale
+        samples: ShardDataset,  # training images, or others like them, for the latent scale
         ema_decay: float = 0.999,
         seed: int = 0,
         adversarial: Adversarial | None = None,

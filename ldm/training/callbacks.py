@@ -44,9 +44,9 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Set where it starts and ends; the rate is of what this process does."""
         super().on_train_start(trainer, *args)
-        bar = self.train_progress_bar
-        bar.total = int(trainer.num_training_batches)
-        bar.initial = bar.n = trainer.global_step * trainer.accumulate_grad_batches
+        bar, a_step = self.train_progress_bar, trainer.accumulate_grad_batches
+        bar.total = trainer.max_steps * a_step
+        bar.initial = bar.n = trainer.global_step * a_step
         bar.refresh()
 
     def on_train_epoch_start(self, *args: Any) -> None:

@@ -14,10 +14,13 @@ from ldm.autoencoder import Autoencoder
 from ldm.data import FixedSet, PositionSampler, ShardDataset, TrainingSet
 from ldm.data.buckets import check_sizes
 from ldm.data.sets import check_policy
+from ldm.data.stream import StreamedSet, WebStream
 from ldm.text import TextEncoder
 from ldm.training.cache import CachedSet, Encoding, collate
 from ldm.training.checkpointing import no_pickle
 from ldm.training.guard import ignore_signals
+
+STREAMED = "data=stream is read as it comes: the rule is cache=false, data.window=null and data.buckets=null"
 
 
 def drawn(draws: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -32,7 +35,7 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: ShardDataset,
+        train: ShardDataset | WebStream,
         validation: ShardDataset,
         height: int = 128,  # pixels
         width: int = 128,  # pixels
@@ -66,17 +69,23 @@ class DataModule(pl.LightningDataModule):
         """Fix the seed, and with ``encoders`` take the place of images and captions by the cache.
 
         Raises:
-            ValueError: if a cache is asked for with random crops or buckets, or is stale; for buckets with a window.
+            ValueError: if a cache is asked for with random crops, buckets or a stream, or is stale; for buckets with a
+                window, and a stream with either.
             OSError: if it is not complete, or damaged.
         """
         self.seed = seed
         size = (self.height, self.width)
+        fixed = FixedSet(self._held_out(limit), *size, self.on_bad)
+        self.validation_set = fixed
+        if isinstance(self.train, WebStream):
+            if encoders is not None or self.window is not None or self.buckets is not None:
+                raise ValueError(STREAMED)
+            return
         train = TrainingSet(
             self.train, seed, *size, self.flip, self.random_crop, self.on_bad,
             window=self.window, buckets=self.buckets, batch_size=self.batch_size,
         )  # fmt: skip
-        fixed = FixedSet(self._held_out(limit), *size, self.on_bad)
-        self.train_set, self.validation_set = train, fixed
+        self.train_set = train
         if encoders is not None:
             made = {
                 name: encoding.in_memory() if folder is None else encoding.open(folder / name)
@@ -86,6 +95,8 @@ class DataModule(pl.LightningDataModule):
 
     def encodings(self, encoders: tuple[Autoencoder, TextEncoder], limit: int) -> dict[str, Encoding]:
         """What makes the cache of each of the two sets."""
+        if isinstance(self.train, WebStream):
+            raise ValueError(STREAMED)
         if self.random_crop:
             raise ValueError("data.random_crop=true needs images: set cache=false, or random_crop=false")
         if self.buckets is not None:
@@ -93,6 +104,23 @@ class DataModule(pl.LightningDataModule):
         sets = (("train", self.train, self.flip), ("validation", self._held_out(limit), False))
         how = (self.on_bad, self.num_workers)
         return {name: Encoding(each, *encoders, self.height, self.width, flip, *how) for name, each, flip in sets}
+
+    @property
+    def indexed(self) -> ShardDataset:
+        """The training samples by number, or in the place of a stream the validation samples."""
+        return self.validation if isinstance(self.train, WebStream) else self.train
+
+    @property
+    def count(self) -> int | None:
+        """Training samples; None where a stream does not know."""
+        return None if isinstance(self.train, WebStream) else len(self.train)
+
+    @property
+    def amount(self) -> str:
+        """How much there is to train on, in words."""
+        if isinstance(self.train, WebStream):
+            return f"a stream of {len(self.train.shards):,} shards, not exactly resumable"
+        return f"{self.count:,} training images"
 
     def _held_out(self, limit: int) -> ShardDataset:
         every = max(1, len(self.validation) // limit)
@@ -102,20 +130,18 @@ class DataModule(pl.LightningDataModule):
         """From the trainer's own step on, so that a resumed run goes on where it stopped."""
         trainer = self.trainer
         assert trainer is not None
-        assert self.train_set is not None
         module: Any = trainer.lightning_module
-        positions = PositionSampler(
-            self.batch_size,
-            trainer.global_step,
-            trainer.max_steps,
-            trainer.global_rank,
-            trainer.world_size,
-            trainer.accumulate_grad_batches,
-        )
+        first, rank, world = trainer.global_step, trainer.global_rank, trainer.world_size
+        accumulation = trainer.accumulate_grad_batches
+        positions = PositionSampler(self.batch_size, first, trainer.max_steps, rank, world, accumulation)
+        items: Any = self.train_set
+        if isinstance(self.train, WebStream):
+            made = (self.flip, self.random_crop, self.on_bad)
+            items = StreamedSet(self.train, self.height, self.width, self.seed, first, None, *made, rank, world)
         return DataLoader(
-            self.train_set,
+            items,
             batch_size=positions.micro,
-            sampler=positions,
+            sampler=None if isinstance(self.train, WebStream) else positions,
             collate_fn=partial(drawn, module.draws),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

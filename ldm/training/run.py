@@ -79,7 +79,7 @@ def fit(
     cursor = {
         "seed": module.seed,
         "batch_size": data.batch_size,
-        "samples": len(data.train),
+        "samples": data.count,
         "index": data.train.index_hash,
         "window": data.window,
         "buckets": data.buckets,

@@ -393,6 +393,48 @@ def test_wandb_works_offline_and_says_where_it_wrote(shapes: Path, tmp_path: Pat
     assert "wandb sync" in capfd.readouterr().err
 
 
+def streamed(shards: Path, *given: str) -> list[str]:
+    left_out = ("data=", "data.train.paths=")
+    return [*(each for each in given if not each.startswith(left_out)), "data=stream", f"data.train.urls={shards}"]
+
+
+def test_a_stream_trains_both_stages_and_goes_on(
+    shapes: Path, clip: Path, stage_one: Path, tmp_path: Path, capfd: Any
+) -> None:
+    for stage in ("autoencoder", "diffusion"):
+        more = AUTOENCODER if stage == "autoencoder" else (*unet(clip, stage_one), "cache=false")
+        run = tmp_path / stage
+        given = streamed(shapes / "shapes.tar", *arguments(shapes, run, stage, 7, *more))
+        assert door(train, [*given, "data.num_workers=1", "validation.every=7"]) == 0  # into the third pass over 24 samples
+        assert "a stream of 1 shards, not exactly resumable" in capfd.readouterr().out
+        assert door(train, [f"resume={run}", "trainer.max_steps=9"]) == 0
+        assert checkpoint.read_manifest(checkpoint.newest(run))["settings"]["cursor"]["step"] == 9
+        assert capfd.readouterr().out.count("| 9/9 [") >= 1
+        assert len(column(run, "val/psnr_ema" if stage == "autoencoder" else "val/mse_ema")) == 1
+    assert ldm.load(run).sample("a red square", steps=2).images.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        ((), "the rule is cache=false"),
+        (("cache=false", "+data.window=2"), "data.window=null"),
+        (("cache=false", "data.num_workers=2"), "1 shards for 2 readers; the rule is at least one a reader"),
+        (("cache=false", "data.train.shuffle=-1"), "data.train.shuffle=-1: the rule is a whole number"),
+        (("cache=false", "data.train.urls=[]"), "an empty list of shards"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_said(
+    more: tuple[str, ...], rule: str, shapes: Path, clip: Path, stage_one: Path, tmp_path: Path, capfd: Any
+) -> None:
+    given = arguments(shapes, tmp_path / "run", "diffusion", 2, *unet(clip, stage_one))
+    assert door(train, [*streamed(shapes / "shapes.tar", *given), *more]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert rule in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("experiment", ["emoji/autoencoder", "emoji/diffusion", "emoji/speedrun"])
 def test_the_experiments_start_from_the_embedded_data_with_no_further_argument(experiment: str) -> None:
     cfg, resume = compose([f"experiment={experiment}", "cache=false"])
