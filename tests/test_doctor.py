@@ -18,7 +18,7 @@ from ldm.cli.training import compose, doctor, train
 from ldm.data import FixedSet, PositionSampler, ShardDataset, build_index, write_shard
 from ldm.experiments.doctor import checkpoint_bytes
 from tests.conftest import tiny_text
-from tests.training.test_training import AUTOENCODER, arguments, unet
+from tests.training.test_training import AUTOENCODER, arguments, streamed, unet
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,17 @@ def test_a_planted_setting_is_named(
     settings = [s.replace("../", f"{parts[0].parent}/") for s in settings]
     lines = findings(capsys, code, [*healthy, *settings])
     assert any(words in line for line in lines), lines
+
+
+def test_of_a_stream_it_looks_into_the_validation_samples(healthy: list[str], shapes: Path, capsys: Any) -> None:
+    stream = [*streamed(shapes / "shapes.tar", *healthy), "data.num_workers=1", "cache=false"]
+    assert findings(capsys, 0, stream) == []
+    unscaled = next(each for each in stream if each.startswith("autoencoder.weights=")).replace(
+        "/autoencoder", "/unscaled"
+    )
+    lines = findings(capsys, 2, [*stream, "data.num_workers=2", unscaled])
+    assert any("data.train.urls are 1 shards for 2 readers" in line for line in lines)
+    assert any("of the latents has mean" in line for line in lines)
 
 
 def test_train_says_the_quick_part_itself(healthy: list[str], capsys: Any) -> None:

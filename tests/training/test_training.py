@@ -404,8 +404,9 @@ def test_a_stream_trains_both_stages_and_goes_on(
     for stage in ("autoencoder", "diffusion"):
         more = AUTOENCODER if stage == "autoencoder" else (*unet(clip, stage_one), "cache=false")
         run = tmp_path / stage
+        more = (*more, "data.num_workers=1", "validation.every=7")
         given = streamed(shapes / "shapes.tar", *arguments(shapes, run, stage, 7, *more))
-        assert door(train, [*given, "data.num_workers=1", "validation.every=7"]) == 0  # into the third pass over 24 samples
+        assert door(train, given) == 0  # into the third pass over 24 samples
         assert "a stream of 1 shards, not exactly resumable" in capfd.readouterr().out
         assert door(train, [f"resume={run}", "trainer.max_steps=9"]) == 0
         assert checkpoint.read_manifest(checkpoint.newest(run))["settings"]["cursor"]["step"] == 9
