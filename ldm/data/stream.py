@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 
 from ldm import randomness
 from ldm.data.dataset import Sample
-from ldm.data.sets import captions, chosen, made
+from ldm.data.sets import captions, check_policy, chosen, made
 from ldm.data.shards import read_samples
 from ldm.data.sources import as_source, open_url, shown
 from ldm.data.transforms import BadSample
@@ -85,6 +85,7 @@ class StreamedSet(IterableDataset[dict[str, Any]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        check_policy(on_bad)
         self.stream, self.height, self.width = stream, height, width
         self.seed, self.first, self.passes = seed, first, passes
         self.flip, self.random_crop, self.on_bad, self.rank, self.world = flip, random_crop, on_bad, rank, world

@@ -136,8 +136,8 @@ class DataModule(pl.LightningDataModule):
         positions = PositionSampler(self.batch_size, first, trainer.max_steps, rank, world, accumulation)
         items: Any = self.train_set
         if isinstance(self.train, WebStream):
-            made = (self.flip, self.random_crop, self.on_bad)
-            items = StreamedSet(self.train, self.height, self.width, self.seed, first, None, *made, rank, world)
+            how = (self.flip, self.random_crop, self.on_bad)
+            items = StreamedSet(self.train, self.height, self.width, self.seed, first, None, *how, rank, world)
         return DataLoader(
             items,
             batch_size=positions.micro,
