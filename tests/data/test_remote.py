@@ -264,7 +264,7 @@ def test_a_stream_over_http_reads_the_same_and_sees_a_cut(server: Server, folder
 def test_a_connection_that_breaks_in_a_stream_is_an_error(server: Server, folder: Path) -> None:
     server.fault = times(1, lambda data: data[:3000])
     with pytest.raises((ConnectionError, ValueError), match=r"a\.tar"):
-        list(StreamedSet(WebStream(f"{server.url}/a.tar"), 16, 16))
+        list(StreamedSet(WebStream(f"{server.url}/a.tar"), 16, 16, passes=1))
 
 
 def test_addresses_come_through_the_command_line(server: Server, tmp_path: Path) -> None:
