@@ -38,7 +38,7 @@ class Part(NamedTuple):
     """
 
     name: str  # its file
-    samples: list[tuple[str, list[int]]]  # key, and of each caption variant which context; none if it cannot be read
+    samples: list[tuple[str, int, list[int]]]  # key, row of the moments, and which contexts; none if it cannot be read
     checksums: dict[str, int]  # CRC-32 of each tensor
     tensor: Callable[[str], Tensor]  # "moments ROW FLIP" (2, 4, h/8, w/8), "context WHICH" (tokens, d)
 
@@ -71,13 +71,14 @@ class CachedSet(Dataset[dict[str, Any]]):
 
         def read(number: int) -> dict[str, Any]:
             part, row = self.cache.part(number // self.cache.size), number % self.cache.size
-            (key, contexts), variant, flip = part.samples[row], 0, False
+            (key, which, contexts), variant, flip = part.samples[row], 0, False
             if not contexts:
                 raise BadSample(f"{key} could not be read when the cache was made")
             if isinstance(self.items, TrainingSet):
                 choice = self.items.choose(position, len(contexts))
                 variant, flip = choice.variant, choice.flip
-            moments, context = part.checked(f"moments {row} {int(flip)}"), part.checked(f"context {contexts[variant]}")
+            moments = part.checked(f"moments {which} {int(flip)}")
+            context = part.checked(f"context {contexts[variant]}")
             return {"moments": moments, "context": context, "key": key, "position": position}
 
         return first_good(self.items.candidates(position), read)
@@ -117,7 +118,7 @@ class Encoding:
         """
         encoder, tower = nn.ModuleList([self.autoencoder.encoder, self.autoencoder.to_moments]), self.text_encoder
         return {
-            "format": "1",
+            "format": "2",
             "data": self.samples.index_hash[:16],
             "size": f"{self.images.height}×{self.images.width}, cropped at the centre",
             "flip": str(self.flip).lower(),
@@ -170,7 +171,12 @@ class Encoding:
     def _compute(self, first: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors of a part, and what is said of them; its batches are the same whoever makes it."""
         device, tensors, bad = next(self.autoencoder.parameters()).device, {}, set()
-        reader = DataLoader(self.images, 32, sampler=range(first, stop), num_workers=self.num_workers)
+        samples = self.samples.subset(range(first, stop))
+        rows: dict[str, int] = {}  # a sample that is drawn more often than others is there several times, encoded once
+        for row, key in enumerate(samples.keys):
+            rows.setdefault(key, row)
+        once = [first + row for row in rows.values()]
+        reader = DataLoader(self.images, 32, sampler=once, num_workers=self.num_workers)
         for batch in tqdm(reader, desc="encoding images", unit="batch", disable=None, leave=False):
             bad |= set(batch["position"][batch["substituted"] > 0].tolist())
             for flip in range(1 + self.flip):
@@ -179,9 +185,8 @@ class Encoding:
                 moments = torch.stack([posterior.mean, posterior.std], dim=1).cpu()  # (n, 2, 4, h/8, w/8)
                 for number, row in zip(batch["position"].tolist(), moments, strict=True):
                     tensors[f"moments {number - first} {flip}"] = row.clone()
-        samples = self.samples.subset(range(first, stop))
-        texts = [[] if first + row in bad else captions(samples[row]) for row in range(len(samples))]
-        distinct = sorted({text for some in texts for text in some}, key=lambda text: (len(text), text))
+        texts = {key: [] if first + row in bad else captions(samples[row]) for key, row in rows.items()}
+        distinct = sorted({text for some in texts.values() for text in some}, key=lambda text: (len(text), text))
         for start in tqdm(range(0, len(distinct), 64), desc="encoding captions", disable=None, leave=False):
             tokens = self.text_encoder.tokenize(distinct[start : start + 64])
             context = self.text_encoder.encode(tokens).cpu()
@@ -192,7 +197,7 @@ class Encoding:
         which = {text: number for number, text in enumerate(distinct)}
         return tensors, {
             "key": self.key,
-            "samples": [(key, [which[text] for text in some]) for key, some in zip(samples.keys, texts, strict=True)],
+            "samples": [(key, rows[key], [which[text] for text in texts[key]]) for key in samples.keys],
             "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
         }
 

@@ -131,6 +131,24 @@ def test_windows_of_a_catalogue_give_the_same_samples(shapes: Path, model: Laten
     assert [live[p]["key"] for p in range(48)] == [cached[p]["key"] for p in range(48)]
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_a_sample_that_is_there_several_times_is_encoded_once(
+    shapes: Path, model: LatentDiffusion, tmp_path: Path
+) -> None:
+    chosen = [0, 0, 0, 5, 7, 7, 9, 9, 0, 5, 0, 0, 11]  # ten of them in the first part
+    made = encoding(ShardDataset(shapes).subset(chosen), model)
+    made.write(tmp_path)
+    parts = [safetensors.torch.load_file(path) for path in sorted(tmp_path.iterdir())]
+    assert [sum(name.startswith("moments") for name in part) for part in parts] == [2 * 4, 2 * 2]  # each and its mirror
+    live = FixedSet(made.samples, 32, 32)
+    with torch.no_grad():
+        posterior = model.autoencoder.posterior(torch.stack([live[row]["image"] for row in range(len(chosen))]))
+    moments = torch.stack([posterior.mean, posterior.std], dim=1)
+    for cached in (CachedSet(live, made.in_memory()), CachedSet(live, made.open(tmp_path))):
+        assert [cached[row]["key"] for row in range(len(chosen))] == made.samples.keys
+        torch.testing.assert_close(torch.stack([cached[row]["moments"] for row in range(len(chosen))]), moments)
+
+
 def test_workers_and_the_process_itself_read_the_same(shapes: Path, model: LatentDiffusion, tmp_path: Path) -> None:
     made = encoding(ShardDataset(shapes), model)
     made.write(tmp_path)
