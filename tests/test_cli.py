@@ -220,7 +220,7 @@ def test_every_yaml_is_used_and_what_it_names_is_built(file: Path, monkeypatch: 
     elif group == "diffusion":
         assert len(instantiate(cfg.diffusion.schedule).alpha_bar) == 1000
     elif group == "data" and name not in ("shards", "stream"):
-        size = {"emoji48": 179, "emoji200": 731, "emoji": 5969, "emoji_mixed": 10_560}
+        size = {"emoji48": 179, "emoji200": 731, "emoji": 5969, "emoji_mixed": 10_560, "emoji200_mixed": 11_481}
         assert len(instantiate(cfg.data, _convert_="all").train) == size[name]
     elif group == "trainer":
         import pytorch_lightning as pl

@@ -29,7 +29,7 @@ def splits() -> dict[str, dict[str, list[str]]]:
 
 def emoji_dataset(
     name: str = "emoji200",
-    split: str = "train",
+    split: str = "train",  # "all": every split together
     favour: str | None = None,  # another set, for a training that is to draw that one best
     times: int = 1,  # how often it trains on them; what it holds out is left out
     concepts: str | None = None,  # another set: what it trains on is kept, in the styles of this one
@@ -43,12 +43,13 @@ def emoji_dataset(
     for each in (name, favour or name, concepts or name):
         if each not in sets:
             raise ValueError(f"emoji data set {each!r} is unknown; choose one of {', '.join(sets)}")
-    if split not in sets[name]:
-        raise ValueError(f"split {split!r} of {name} is unknown; choose one of {', '.join(sets[name])}")
+    named = {**sets[name], "all": [key for keys in sets[name].values() for key in keys]}
+    if split not in named:
+        raise ValueError(f"split {split!r} of {name} is unknown; choose one of {', '.join(named)}")
     if times < 1:
         raise ValueError(f"times={times} must be at least 1; 1 favours no picture")
     pattern = "openmoji*.tar" if name == "openmoji" else "[!o]*.tar"
-    keys = sets[name][split]  # CODEPOINTS-STYLE
+    keys = named[split]  # CODEPOINTS-STYLE
     if concepts is not None:
         known = {key.rsplit("-", 1)[0] for key in sets[concepts]["train"]}
         keys = [key for key in keys if key.rsplit("-", 1)[0] in known]

@@ -71,14 +71,13 @@ class CachedSet(Dataset[dict[str, Any]]):
 
         def read(number: int) -> dict[str, Any]:
             part, row = self.cache.part(number // self.cache.size), number % self.cache.size
-            (key, which, contexts), variant, flip = part.samples[row], 0, False
+            (key, at, contexts), variant, flip = part.samples[row], 0, False
             if not contexts:
                 raise BadSample(f"{key} could not be read when the cache was made")
             if isinstance(self.items, TrainingSet):
                 choice = self.items.choose(position, len(contexts))
                 variant, flip = choice.variant, choice.flip
-            moments = part.checked(f"moments {which} {int(flip)}")
-            context = part.checked(f"context {contexts[variant]}")
+            moments, context = part.checked(f"moments {at} {int(flip)}"), part.checked(f"context {contexts[variant]}")
             return {"moments": moments, "context": context, "key": key, "position": position}
 
         return first_good(self.items.candidates(position), read)
@@ -172,10 +171,9 @@ class Encoding:
         """Tensors of a part, and what is said of them; its batches are the same whoever makes it."""
         device, tensors, bad = next(self.autoencoder.parameters()).device, {}, set()
         samples = self.samples.subset(range(first, stop))
-        rows: dict[str, int] = {}  # a sample that is drawn more often than others is there several times, encoded once
-        for row, key in enumerate(samples.keys):
-            rows.setdefault(key, row)
-        once = [first + row for row in rows.values()]
+        # The first row of each key: a sample that is drawn more often than others is there several times, encoded once.
+        rows = {key: row for row, key in reversed([*enumerate(samples.keys)])}
+        once = [first + row for row in sorted(rows.values())]
         reader = DataLoader(self.images, 32, sampler=once, num_workers=self.num_workers)
         for batch in tqdm(reader, desc="encoding images", unit="batch", disable=None, leave=False):
             bad |= set(batch["position"][batch["substituted"] > 0].tolist())

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.speedrun outputs/speedrun until=60  # the other's minutes, if it shall be fewer
     python -m tests.benchmarks.speedrun outputs/other experiment=emoji/speedrun trainer.max_steps=100  # writes none
 
-Both take the same autoencoder, the one that the speedrun trains first, and its minutes. The other then trains until
+Both take the same data and autoencoder, the one that the speedrun trains first, and its minutes. The other trains until
 three times the minutes in which ours came to the aim, with the choices of diffusers' ``train_text_to_image.py``: images
 and captions encoded at every step, ε and a plain squared error, no caption dropped, batches of 16, AdamW at a constant
 1e-4 after 500 steps, EMA to 0.9999, float32. Its UNet is diffusers', of the same widths, heads and levels with
@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import ldm
 from ldm.checkpoint import MANIFEST
 from ldm.cli.settings import value_of
 from ldm.convert.diffusers import read_part
-from ldm.data import STYLES, PositionSampler, TrainingSet, emoji_dataset
+from ldm.data import STYLES, PositionSampler, TrainingSet
 from ldm.diffusion import Schedule
 from ldm.evaluation import Drawing, Judge, evaluate_pairs
 from ldm.evaluation.report import table
@@ -89,7 +91,7 @@ def peer(run: Path, first: float, marks: Sequence[float]) -> dict[Path, float]:
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
     autoencoder, text = load_autoencoder(run / "autoencoder"), load_text_encoder("emoji")
-    images = TrainingSet(emoji_dataset(DATA, "train"), 0, 128, 128, False, False)
+    images = TrainingSet(instantiate(OmegaConf.load(run / "config.yaml").data.train), 0, 128, 128, False, False)
     loader = torch.utils.data.DataLoader(images, 16, sampler=PositionSampler(16, done, 10**9, 0, 1, 1))
     batches, start, last = iter(loader), time.monotonic(), spent
     while first + spent < max(marks):

@@ -147,6 +147,10 @@ def test_favouring_a_set_repeats_what_it_trains_on_and_leaves_out_all_that_is_he
     assert {key for key, count in counts.items() if count == 3} == often
     assert {key for key, count in counts.items() if count == 1} == set(plain.keys) - often - held
     assert mixed[1].key == mixed.keys[1]
+    wide = Counter(emoji_dataset("emoji", "all", favour="emoji200", times=3).keys)
+    every = {key for keys in splits()["emoji"].values() for key in keys}
+    assert set(wide) == every - set(splits()["emoji200"]["heldout_pairs"])
+    assert {key for key, count in wide.items() if count == 3} == set(splits()["emoji200"]["train"])
     with pytest.raises(ValueError, match="times=0 must be at least 1"):
         emoji_dataset("emoji", "train", "emoji200", 0)
     with pytest.raises(ValueError, match="'emoji9' is unknown"):
