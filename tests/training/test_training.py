@@ -441,7 +441,7 @@ def test_the_experiments_start_from_the_embedded_data_with_no_further_argument(e
     cfg, resume = compose([f"experiment={experiment}", "cache=false"])
     assert resume is None
     module, data, options = build(cfg)
-    assert len(data.train) == {"emoji/autoencoder": 5969, "emoji/diffusion": 179, "emoji/speedrun": 731}[experiment]
+    assert len(data.train) == {"emoji/autoencoder": 5969, "emoji/diffusion": 179, "emoji/speedrun": 11_481}[experiment]
     assert options["trainer"]["max_steps"] == cfg.trainer.max_steps
     item = data.train_set[0]
     assert item["image"].shape == (3, 128, 128)
