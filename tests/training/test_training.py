@@ -25,6 +25,7 @@ from ldm.cli.training import compose
 from ldm.data import FixedSet, ShardDataset
 from ldm.training.ema import EMA
 from ldm.training.optimizer import Optimizer
+from tests.benchmarks.speedrun import SHARE, reached
 from tests.conftest import tiny_text
 
 STEPS = 200
@@ -209,6 +210,19 @@ def tiny_stage_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def speedrun(shapes: Path, clip: Path, output: Path, *more: str) -> list[str]:
     settings = [each for each in unet(clip, Path("emoji")) if not each.startswith("samples.")]
     return arguments(shapes, output, "speedrun", 2, "trainer.precision=32-true", *settings, *more)
+
+
+@pytest.mark.parametrize(
+    ("shares", "minute"),
+    [
+        ({10: 0.0, 20: SHARE + 0.1, 30: SHARE - 0.01, 40: SHARE, 50: SHARE + 0.1}, 40),  # touched at 20, and lost
+        ({50: SHARE, 40: 0.0}, 50),
+        ({10: SHARE + 0.1, 20: SHARE - 0.01}, None),
+        ({}, None),
+    ],
+)
+def test_the_aim_is_reached_where_no_later_checkpoint_is_below_it(shares: Any, minute: float | None) -> None:
+    assert reached(shares) == minute
 
 
 def test_one_command_trains_both_stages_and_goes_on_with_either(
