@@ -4,9 +4,10 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PY := .venv/bin/python
 STAMP := .venv/.installed
+RUNS ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint train-emoji clean
+.PHONY: help demo test test-slow lint train-emoji bundle clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -36,6 +37,15 @@ test-slow: lint  ## lint, then all tests, the slow ones too; those marked gpu wh
 train-emoji: $(STAMP)  ## train both stages on the emoji that come with it
 	$(PY) train.py experiment=emoji/autoencoder output=runs/autoencoder
 	$(PY) train.py experiment=emoji/diffusion autoencoder.weights=runs/autoencoder output=runs/diffusion
+
+bundle: $(STAMP)  ## train the bundled model anew, on a GPU: RUNS/bundle; ARGS="key=value ..." go to each training
+	$(PY) train.py experiment=emoji/autoencoder_gpu output=$(RUNS)/autoencoder $(ARGS)
+	$(PY) train.py experiment=emoji/diffusion_gpu autoencoder.weights=$(RUNS)/autoencoder output=$(RUNS)/unet $(ARGS)
+	$(PY) train.py experiment=emoji/decoder init=$(RUNS)/autoencoder output=$(RUNS)/decoder $(ARGS)
+	$(PY) train.py experiment=emoji/decoder_gpu init=$(RUNS)/decoder output=$(RUNS)/decoder_gpu $(ARGS)
+	cp -r ldm/assets/emoji $(RUNS)/bundle    # for its text tower
+	$(PY) -m tests.tools.make_bundle $(RUNS)/unet $(RUNS)/bundle 3
+	$(PY) -m tests.tools.make_bundle $(RUNS)/decoder_gpu $(RUNS)/bundle
 
 clean:  ## remove caches and builds; keeps .venv and outputs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
