@@ -199,6 +199,18 @@ def test_a_command_line_that_is_wrong_would_be_seen(line: str, capsys: pytest.Ca
         check(line, capsys)
 
 
+@pytest.mark.usefixtures("parse_only")
+@pytest.mark.parametrize(("target", "commands"), [("train-emoji", 2), ("bundle", 6)])
+def test_what_make_trains_by_are_command_lines_that_the_program_takes(
+    target: str, commands: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = ["make", "-n", "-o", ".venv/.installed", "-C", str(ROOT), "PY=python", "ARGS=seed=1", target]
+    lines = [line for line in subprocess.check_output(make, text=True).splitlines() if line.startswith("python ")]
+    assert len(lines) == commands
+    for line in lines:
+        check(line, capsys)
+
+
 def test_enough_command_lines_are_found() -> None:
     assert sum(page == "README.md" for page, _ in ALL) > 15
     assert {"sample.py", "train.py", "ldm", "make", "pytest"} <= {
