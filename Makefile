@@ -4,7 +4,9 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PY := .venv/bin/python
 STAMP := .venv/.installed
+# Of the targets that train: where to, and settings for each training (make train-emoji ARGS="seed=1").
 RUNS ?= runs
+ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint train-emoji bundle clean
@@ -35,10 +37,10 @@ test-slow: lint  ## lint, then all tests, the slow ones too; those marked gpu wh
 	$(PY) -m pytest -m "$$($(PY) -c 'import torch; print("slow or gpu or not slow" if torch.cuda.is_available() else "not gpu")')"
 
 train-emoji: $(STAMP)  ## train both stages on the emoji that come with it
-	$(PY) train.py experiment=emoji/autoencoder output=runs/autoencoder
-	$(PY) train.py experiment=emoji/diffusion autoencoder.weights=runs/autoencoder output=runs/diffusion
+	$(PY) train.py experiment=emoji/autoencoder output=$(RUNS)/autoencoder $(ARGS)
+	$(PY) train.py experiment=emoji/diffusion autoencoder.weights=$(RUNS)/autoencoder output=$(RUNS)/diffusion $(ARGS)
 
-bundle: $(STAMP)  ## train the bundled model anew, on a GPU: RUNS/bundle; ARGS="key=value ..." go to each training
+bundle: $(STAMP)  ## train the bundled model anew, on a GPU: runs/bundle
 	$(PY) train.py experiment=emoji/autoencoder_gpu output=$(RUNS)/autoencoder $(ARGS)
 	$(PY) train.py experiment=emoji/diffusion_gpu autoencoder.weights=$(RUNS)/autoencoder output=$(RUNS)/unet $(ARGS)
 	$(PY) train.py experiment=emoji/decoder init=$(RUNS)/autoencoder output=$(RUNS)/decoder $(ARGS)
